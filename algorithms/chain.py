@@ -1,0 +1,185 @@
+"""Chain: a finite-horizon Markov chain with Gaussian steps, and its roll-out.
+
+Notation, fixed for this room. Steps run t = T, ..., 1 and
+
+    x_{t-1} = mean(params, x_t, t, condition) + std(t) * eps_t,      eps_t ~ N(0, I),
+
+x_T comes from `initial`. `params` is a dict of tensors, shared by all steps; the gradient of step t's own copy is
+written g_t, and the gradient of the objective is their sum over t. Batches have shape (n, *shape).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Condition = Tensor | None
+
+
+class Chain(Protocol):
+    """A Markov chain with Gaussian steps, functional in its parameters.
+
+    Attributes:
+        steps: T, the number of steps.
+        shape: shape of one latent, without the batch.
+    """
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """Map standard normal noise (n, *shape) to x_T (n, *shape)."""
+        ...
+
+    def mean(self, params: Params, x: Tensor, t: int, condition: Condition) -> Tensor:
+        """Return the mean of x_{t-1} given x_t = x, (n, *shape); samples must not influence each other."""
+        ...
+
+    def std(self, t: int) -> float:
+        """Return the standard deviation of step t's noise; 0 for a deterministic step."""
+        ...
+
+
+@dataclass(frozen=True)
+class ParameterNoise:
+    """Perturbation theta_t + std * xi_t of the parameters, drawn afresh for every step and sample.
+
+    Raises:
+        ValueError: if std is not positive or the kind is unknown.
+    """
+
+    std: float
+    kind: Literal["gaussian", "rademacher"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std of the parameter noise must be > 0, got {self.std}")
+        if self.kind not in ("gaussian", "rademacher"):
+            raise ValueError(f"kind of the parameter noise must be 'gaussian' or 'rademacher', got {self.kind!r}")
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+        """Draw unit-variance noise of the given shape."""
+        options = {"generator": generator, "dtype": like.dtype, "device": like.device}
+        if self.kind == "gaussian":
+            return torch.randn(shape, **options)
+        return 2.0 * torch.randint(0, 2, shape, **options) - 1.0
+
+
+@dataclass(frozen=True)
+class Noise:
+    """All randomness of n roll-outs, drawn before anything is computed.
+
+    Attributes:
+        initial: (n, *shape), mapped to x_T by the chain.
+        steps: (T, n, *shape); `steps[t - 1]` is eps_t.
+        outcome: (n,) index of each sample's credit matrix.
+        parameters: unit noise xi, one (T, n, *parameter shape) tensor per parameter, or None.
+    """
+
+    initial: Tensor
+    steps: Tensor
+    outcome: Tensor
+    parameters: Params | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.initial.shape[0]
+
+    def flip(self, over: Literal["parameters", "chain"]) -> Noise:
+        """Return the antithetic copy: the sign of the parameter noise, or of all of the chain's noise, reversed."""
+        if over == "chain":
+            return replace(self, initial=-self.initial, steps=-self.steps)
+        if self.parameters is None:
+            raise ValueError("antithetic over 'parameters' needs an estimator with parameter noise")
+        return replace(self, parameters={name: -xi for name, xi in self.parameters.items()})
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """n roll-outs, without a graph: `latents[t]` is x_t (n, *shape), t = 0..T; `costs[t - 1]` (n,) is step t's."""
+
+    latents: Tensor
+    costs: Tensor
+
+
+def rollout(
+    chain: Chain,
+    params: Params,
+    noise: Noise,
+    condition: Condition = None,
+    perturbation: Perturbation | None = None,
+    cost: Callable[[Tensor, Tensor, int], Tensor | None] = lambda mean, x, t: None,
+) -> Rollout:
+    """Run the chain without a graph, keeping the latents and the running costs `cost(mean, x_t, t)` only."""
+    x = chain.initial(noise.initial)
+    latents, costs = [x], []
+    with torch.no_grad():
+        for t in range(chain.steps, 0, -1):
+            mean = step_mean(chain, params, x, t, condition, perturbation)
+            charged = cost(mean, x, t)
+            costs.append(x.new_zeros(len(x)) if charged is None else charged)
+            x = mean + chain.std(t) * noise.steps[t - 1]
+            latents.append(x)
+    return Rollout(torch.stack(latents[::-1]), torch.stack(costs[::-1]))
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Parameter offsets std * xi_t of each sample, and a mask (T, n) of the steps at which they are applied."""
+
+    std: float
+    unit: Params
+    active: Tensor
+
+    def at(self, params: Params, t: int) -> Params:
+        """Return the parameters of step t, one set per sample: (n, *parameter shape)."""
+        on = self.active[t - 1] * self.std
+        return {k: p + on.reshape(-1, *[1] * p.dim()) * self.unit[k][t - 1] for k, p in params.items()}
+
+
+def step_mean(
+    chain: Chain, params: Params, x: Tensor, t: int, condition: Condition, perturbation: Perturbation | None = None
+) -> Tensor:
+    """Return mean(params, x_t, t, condition), with each sample's own parameters where they are perturbed."""
+    if perturbation is None or not bool(perturbation.active[t - 1].any()):
+        return chain.mean(params, x, t, condition)
+
+    def one(p: Params, y: Tensor, c: Condition) -> Tensor:
+        return chain.mean(p, y[None], t, None if c is None else c[None])[0]
+
+    in_dims = (0, 0, None if condition is None else 0)
+    return torch.func.vmap(one, in_dims=in_dims)(perturbation.at(params, t), x, condition)
+
+
+def step_log_prob(
+    chain: Chain, params: Params, x: Tensor, x_next: Tensor, t: int, condition: Condition = None
+) -> Tensor:
+    """Return log p(x_{t-1} = x_next | x_t = x), (n,): the *sum* over the dimensions of the latent.
+
+    Raises:
+        ValueError: if step t has no noise, so that the density does not exist.
+    """
+    std = positive_std(chain, t)
+    z = (x_next - chain.mean(params, x, t, condition)) / std
+    dimensions = z[0].numel()
+    half_log_two_pi = 0.9189385332046727
+    return -0.5 * z.flatten(1).square().sum(1) - dimensions * (half_log_two_pi + torch.tensor(std).log().item())
+
+
+def positive_std(chain: Chain, t: int) -> float:
+    """Return std(t), refusing a step without noise, whose score does not exist."""
+    std = float(chain.std(t))
+    if not std > 0:
+        raise ValueError(
+            f"step t = {t} has std = {std:g} (eta = 0?): its noise has no score; sample with eta > 0 or give the "
+            "step's credit to another column"
+        )
+    return std

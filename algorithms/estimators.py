@@ -1,0 +1,166 @@
+"""Gradient estimators by their names in the field: a credit matrix, the noise it needs, and wrappers that compose.
+
+estimator = with_baseline(half_order(steps=50, length=5), LeaveOneOut())
+noise = estimator.draw(chain, params, samples=64, generator=generator)
+estimator.accumulate(chain, params, objective, noise)       # adds the ascent gradient of E[return] to .grad
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms import credit as credits
+from algorithms.baselines import Baseline, Constant
+from algorithms.chain import Chain, Condition, Noise, ParameterNoise, Params
+from algorithms.credit import Credit
+from algorithms.objective import Objective
+from algorithms.sweep import Accumulate, Directional, PerSample, Readout, sweep
+
+Flip = Literal["parameters", "chain"]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimator:
+    """An estimator of the gradient of E[return] in the parameters.
+
+    Attributes:
+        name: the field's name for it.
+        credit: its credit matrix, or law of matrices.
+        parameter_noise: noise of the last column, if that is used; the estimate is then one of the smoothed objective.
+        baseline: taken off the return before it multiplies a score.
+        flips: antithetic copies to average over.
+    """
+
+    name: str
+    credit: Credit
+    parameter_noise: ParameterNoise | None = None
+    baseline: Baseline = Constant(0.0)
+    flips: tuple[Flip, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.credit.uses_parameter_noise != (self.parameter_noise is not None):
+            raise ValueError(f"{self.name}: parameter_noise must be given exactly if the last column is used")
+
+    def draw(self, chain: Chain, params: Params, samples: int, generator: torch.Generator) -> Noise:
+        """Draw all randomness of `samples` roll-outs."""
+        like = next(iter(params.values()))
+        options = {"generator": generator, "dtype": like.dtype, "device": like.device}
+        initial = torch.randn(samples, *chain.shape, **options)
+        steps = torch.randn(chain.steps, samples, *chain.shape, **options)
+        outcome = self.credit.draw(samples, generator)
+        unit = None
+        if self.parameter_noise is not None:
+            unit = {
+                name: self.parameter_noise.draw((chain.steps, samples, *p.shape), generator, p)
+                for name, p in params.items()
+            }
+        return Noise(initial, steps, outcome, unit)
+
+    def per_sample(
+        self, chain: Chain, params: Params, objective: Objective, noise: Noise, condition: Condition = None
+    ) -> Params:
+        """Return each sample's estimate, (n, *parameter shape) per parameter."""
+        readout = PerSample(params, noise.samples)
+        copies = self._run(chain, params, objective, noise, condition, readout)
+        return {name: value / copies for name, value in readout.total.items()}
+
+    def directional(
+        self,
+        chain: Chain,
+        params: Params,
+        objective: Objective,
+        noise: Noise,
+        direction: Params,
+        condition: Condition = None,
+    ) -> Tensor:
+        """Return each sample's estimate of the derivative along `direction`, (n,)."""
+        readout = Directional(params, noise.samples, direction)
+        copies = self._run(chain, params, objective, noise, condition, readout)
+        return readout.total / copies
+
+    def accumulate(
+        self, chain: Chain, params: Params, objective: Objective, noise: Noise, condition: Condition = None
+    ) -> None:
+        """Add the batch mean of the estimates to the parameters' `.grad` (the direction of ascent)."""
+        readout = Accumulate(params, noise.samples)
+        copies = self._run(chain, params, objective, noise, condition, readout)
+        for name, p in params.items():
+            grad = readout.total[name] / copies
+            p.grad = grad if p.grad is None else p.grad + grad
+
+    def _run(
+        self,
+        chain: Chain,
+        params: Params,
+        objective: Objective,
+        noise: Noise,
+        condition: Condition,
+        readout: Readout,
+    ) -> int:
+        """Sweep over the noise and its antithetic copies; return how many there were."""
+        fixed = {name: p.detach() for name, p in params.items()}
+        copies = [noise]
+        for flip in self.flips:
+            copies += [copy.flip(flip) for copy in copies]
+        std = 0.0 if self.parameter_noise is None else self.parameter_noise.std
+        for copy in copies:
+            sweep(chain, fixed, objective, self.credit, self.baseline, std, copy, condition, readout)
+        return len(copies)
+
+
+def with_baseline(estimator: Estimator, baseline: Baseline) -> Estimator:
+    """Return `estimator` with its returns taken relative to `baseline`; the mean is the same."""
+    return replace(estimator, baseline=baseline)
+
+
+def antithetic(estimator: Estimator, over: Flip) -> Estimator:
+    """Return the average of `estimator` and its copy with the sign of one noise reversed, all else in common.
+
+    Over "parameters" the one-sided zeroth-order estimator becomes the two-sided one (SPSA).
+
+    Raises:
+        ValueError: if `over` is unknown, already there, or asks for parameter noise that the estimator lacks.
+    """
+    if over not in ("parameters", "chain"):
+        raise ValueError(f"over must be 'parameters' or 'chain', got {over!r}")
+    if over in estimator.flips:
+        raise ValueError(f"{estimator.name} is already antithetic over {over!r}")
+    if over == "parameters" and estimator.parameter_noise is None:
+        raise ValueError(f"{estimator.name} has no parameter noise to be antithetic over")
+    return replace(estimator, name=f"{estimator.name}, antithetic", flips=(*estimator.flips, over))
+
+
+def first_order(steps: int) -> Estimator:
+    """Full back-propagation through the chain."""
+    return Estimator("first order", credits.first_order(steps))
+
+
+def truncated(steps: int, length: int) -> Estimator:
+    """Back-propagation through the last `length` steps (DRaFT-K); biased by the steps it leaves out."""
+    return Estimator(f"truncated({length})", credits.truncated(steps, length))
+
+
+def random_truncation(law: np.ndarray, debiased: bool = False) -> Estimator:
+    """Back-propagation through a random number of last steps (AlignProp), debiased by inclusion weights if asked."""
+    name = "debiased random truncation" if debiased else "random truncation"
+    return Estimator(name, credits.random_truncation(law, debiased))
+
+
+def half_order(steps: int, length: int) -> Estimator:
+    """Half-order estimator over blocks of `length` steps."""
+    return Estimator(f"half order({length})", credits.half_order(steps, length))
+
+
+def policy_gradient(steps: int) -> Estimator:
+    """REINFORCE along the chain (DDPO's gradient)."""
+    return Estimator("policy gradient", credits.policy_gradient(steps))
+
+
+def zeroth_order(steps: int, std: float, kind: Literal["gaussian", "rademacher"] = "gaussian") -> Estimator:
+    """One-sided zeroth-order estimator with fresh parameter noise at every step; see `antithetic`."""
+    return Estimator("zeroth order", credits.zeroth_order(steps), ParameterNoise(std, kind))
