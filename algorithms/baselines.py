@@ -31,13 +31,20 @@ class Constant:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """The mean return of the *other* samples of the batch; including the sample itself would shrink the gradient."""
+    """The mean return of the *other* samples of the group; including the sample itself would shrink the gradient.
+
+    Attributes:
+        group: consecutive samples that share a baseline (one prompt's, say); None for the whole batch.
+    """
+
+    group: int | None = None
 
     def __call__(self, returns: Tensor, x: Tensor, k: int) -> Tensor:
-        n = len(returns)
-        if n < 2:
-            raise ValueError(f"a leave-one-out baseline needs at least 2 samples in the batch, got {n}")
-        return (returns.sum() - returns) / (n - 1)
+        size = self.group or len(returns)
+        if size < 2 or len(returns) % size:
+            raise ValueError(f"a leave-one-out baseline needs whole groups of >= 2, got {len(returns)} in {size}s")
+        grouped = returns.reshape(-1, size)
+        return ((grouped.sum(1, keepdim=True) - grouped) / (size - 1)).flatten()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,123 @@
+"""A small DDPM learned on two-dimensional data: a time-conditioned MLP, trained in seconds, as a `Chain`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms.chain import Condition, Params
+from theory.schedules import NoiseSchedule
+from toy.data import DATA
+from verdicts.streams import Stream
+
+
+@dataclass(frozen=True, eq=False)
+class MLPChain:
+    """Ancestral sampling with variance beta and the learned noise eps(x, t); all weights are the chain's parameters.
+
+    The network sees (x, sin and cos of pi t / T) and has two softplus layers: parameters w1 (4 -> width), w2, w3.
+    """
+
+    beta: Tensor
+    alpha_bar: Tensor
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule) -> MLPChain:
+        return cls(torch.tensor(schedule.beta), torch.tensor(schedule.alpha_bar))
+
+    @property
+    def steps(self) -> int:
+        return len(self.beta)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (2,)
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def epsilon(self, params: Params, x: Tensor, t: Tensor) -> Tensor:
+        """Return the predicted noise, (n, 2), for states x (n, 2) at steps t (n,)."""
+        angle = torch.pi * t[:, None] / self.steps
+        h = torch.cat([x, angle.sin(), angle.cos()], 1)
+        h = torch.nn.functional.softplus(h @ params["w1"] + params["b1"])
+        h = torch.nn.functional.softplus(h @ params["w2"] + params["b2"])
+        return h @ params["w3"] + params["b3"]
+
+    def mean(self, params: Params, x: Tensor, t: int, condition: Condition) -> Tensor:
+        beta, alpha_bar = self.beta[t - 1], self.alpha_bar[t - 1]
+        steps = torch.full((len(x),), float(t), dtype=x.dtype)
+        return (x - beta / (1 - alpha_bar).sqrt() * self.epsilon(params, x, steps)) / (1 - beta).sqrt()
+
+    def std(self, t: int) -> float:
+        return float(self.beta[t - 1].sqrt())
+
+
+def train(
+    data: str, schedule: NoiseSchedule, stream: Stream, cache: Path, width: int = 48, updates: int = 2000
+) -> tuple[MLPChain, Params]:
+    """Train on a data set of `toy.data` by denoising score matching, or load what an earlier call trained.
+
+    The result depends on the arguments and the stream only; `cache` holds one file per combination.
+
+    Raises:
+        ValueError: if `data` is not a known data set.
+    """
+    if data not in DATA:
+        raise ValueError(f"data must be one of {sorted(DATA)}, got {data!r}")
+    chain = MLPChain.of(schedule)
+    recipe = [data, schedule.beta.tolist(), stream.integer(), width, updates]
+    file = cache / f"ddpm-{data}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]}.pt"
+    if file.exists():
+        return chain, torch.load(file, weights_only=True)
+    params = _fit(chain, DATA[data](8192, stream.child("data").generator()), stream, width, updates)
+    _save(params, file)
+    return chain, params
+
+
+def initial_parameters(chain: MLPChain, width: int, stream: Stream) -> Params:
+    """Draw untrained weights."""
+    generator = torch.Generator().manual_seed(stream.child("initial").integer())
+    sizes = {"1": (4, width), "2": (width, width), "3": (width, 2)}
+    params: Params = {}
+    for name, (fan_in, fan_out) in sizes.items():
+        params[f"w{name}"] = torch.randn(fan_in, fan_out, generator=generator, dtype=torch.float64) / fan_in**0.5
+        params[f"b{name}"] = torch.zeros(fan_out, dtype=torch.float64)
+    return params
+
+
+def _fit(chain: MLPChain, points: np.ndarray, stream: Stream, width: int, updates: int) -> Params:
+    generator = torch.Generator().manual_seed(stream.child("training").integer())
+    params = {name: p.requires_grad_() for name, p in initial_parameters(chain, width, stream).items()}
+    clean = torch.from_numpy(points)
+    optimizer = torch.optim.Adam(params.values(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    for _ in range(updates):
+        x0 = clean[torch.randint(len(clean), (512,), generator=generator)]
+        t = torch.randint(1, chain.steps + 1, (512,), generator=generator)
+        noise = torch.randn(512, 2, generator=generator, dtype=torch.float64)
+        alpha_bar = chain.alpha_bar[t - 1][:, None]
+        x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+        loss = (chain.epsilon(params, x, t.double()) - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return {name: p.detach() for name, p in params.items()}
+
+
+def _save(params: Params, file: Path) -> None:
+    """Write atomically: another worker may train the same model at the same time, to the same numbers."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
+    torch.save(params, temporary)
+    os.replace(temporary, file)

@@ -1,0 +1,95 @@
+"""Blocks of independent estimates for the verdicts: block b of a stream is always the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms.chain import Chain, Params, rollout
+from algorithms.estimators import Estimator
+from algorithms.objective import Objective
+from verdicts.streams import Stream
+
+Block = Callable[[int], np.ndarray]
+Sampler = Callable[[Stream], Block]
+
+
+def generator(stream: Stream, block: int) -> torch.Generator:
+    """Return the torch generator of one block."""
+    return torch.Generator().manual_seed(stream.child("block", block).integer())
+
+
+def gradients(
+    chain: Chain, params: Params, objective: Objective, estimator: Estimator, size: int = 1 << 15, group: int = 1
+) -> Sampler:
+    """Sample per-sample gradients, all parameters flattened: blocks (size / group, p).
+
+    With `group` > 1, consecutive samples are averaged: the unit of independence when a baseline couples them.
+    """
+
+    def sampler(stream: Stream) -> Block:
+        def block(index: int) -> np.ndarray:
+            noise = estimator.draw(chain, params, size, generator(stream, index))
+            each = estimator.per_sample(chain, params, objective, noise)
+            flat = torch.cat([each[name].flatten(1) for name in params], 1)
+            return flat.reshape(size // group, group, -1).mean(1).numpy()
+
+        return block
+
+    return sampler
+
+
+def directional_differences(
+    chain: Chain,
+    params: Params,
+    pairs: Sequence[tuple[Objective, Estimator]],
+    against: Estimator,
+    direction: Params,
+    size: int = 1 << 12,
+) -> Sampler:
+    """Sample derivative estimates along a direction, each pair's estimator less `against`, on the same roll-outs.
+
+    Blocks (size, len(pairs)). No estimator may need parameter noise.
+    """
+
+    def sampler(stream: Stream) -> Block:
+        def block(index: int) -> np.ndarray:
+            noise = against.draw(chain, params, size, generator(stream, index))
+            columns = [
+                estimator.directional(chain, params, objective, noise, direction)
+                - against.directional(chain, params, objective, noise, direction)
+                for objective, estimator in pairs
+            ]
+            return torch.stack(columns, 1).numpy()
+
+        return block
+
+    return sampler
+
+
+def statistics(
+    chain: Chain, params: Params, estimator: Estimator, statistic: Callable[[Tensor], Tensor], size: int = 1 << 15
+) -> Sampler:
+    """Sample a statistic (n, d) -> (n, D) of the chain's output x_0."""
+
+    def sampler(stream: Stream) -> Block:
+        def block(index: int) -> np.ndarray:
+            noise = estimator.draw(chain, params, size, generator(stream, index))
+            return statistic(rollout(chain, params, noise).latents[0]).numpy()
+
+        return block
+
+    return sampler
+
+
+def mapped(sampler: Sampler, change: Callable[[np.ndarray], np.ndarray]) -> Sampler:
+    """Return the sampler whose blocks are `change` of the blocks of `sampler`."""
+
+    def changed(stream: Stream) -> Block:
+        block = sampler(stream)
+        return lambda index: change(block(index))
+
+    return changed

@@ -1,0 +1,66 @@
+"""Rewards that excite what a quadratic cannot: a kink, an oscillation, a bump, a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from algorithms.chain import Condition
+
+
+@dataclass(frozen=True)
+class Sine:
+    """Oscillating: R(x) = sum_i sin(frequency x_i)."""
+
+    frequency: float
+    differentiable: bool = True
+
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        return torch.sin(self.frequency * x0).sum(1)
+
+
+@dataclass(frozen=True)
+class Power:
+    """Polynomial: R(x) = sum_i x_i^exponent."""
+
+    exponent: int
+    differentiable: bool = True
+
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        return (x0**self.exponent).sum(1)
+
+
+@dataclass(frozen=True)
+class Kink:
+    """Kinked: R(x) = -sum_i |x_i - target|; differentiable almost everywhere, which is all that column 0 needs."""
+
+    target: float
+    differentiable: bool = True
+
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        return -(x0 - self.target).abs().sum(1)
+
+
+@dataclass(frozen=True)
+class Bump:
+    """Smooth and bounded: R(x) = exp(-|x - target|^2 / (2 width^2)), the same target in every coordinate."""
+
+    target: float
+    width: float
+    differentiable: bool = True
+
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        return torch.exp(-0.5 * (x0 - self.target).square().sum(1) / self.width**2)
+
+
+@dataclass(frozen=True)
+class Indicator:
+    """Black box: R(x) = 1 where x_1 > threshold; its autograd gradient is zero, so column 0 is refused."""
+
+    threshold: float
+    differentiable: bool = False
+
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        return (x0[:, 0] > self.threshold).to(x0)
