@@ -1,0 +1,1 @@
+"""The claims: one file per chapter, each claim with its source, its checks and its planted errors."""

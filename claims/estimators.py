@@ -1,0 +1,907 @@
+"""Chapter *Estimators*, first part: what gradient estimators of a diffusion chain estimate, and what biases them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms import credit as credits
+from algorithms import estimators as named
+from algorithms.baselines import LeaveOneOut
+from algorithms.chain import Chain, Condition, ParameterNoise, Params, positive_std
+from algorithms.credit import Credit
+from algorithms.estimators import Estimator, antithetic, with_baseline
+from algorithms.objective import Objective, kl_regularised
+from claims import variances
+from claims.claim import Claim
+from claims.judges import Sampler, equals, has_mean
+from claims.learned import LEARNED
+from claims.records import Figure
+from theory import chains, instances, variance
+from theory.credit import credit_moments, row_moments
+from toy.experiments import gradients, mapped
+from toy.linear_gaussian import LinearGaussian, Problem
+from toy.rewards import Power
+from verdicts.means import gaussian_polynomial_kurtosis as kurtosis
+
+CHAPTER = "Estimators"
+MARGIN_ADDITIVE = 0.05
+MARGIN_BILINEAR = 0.02
+FROM_ADDITIVE = "0.05, 4 % of |grad J| = 1.19 on this chain; declared before sampling"
+FROM_BILINEAR = "0.02, 6 % of |grad J| = 0.326 on this chain; declared before sampling"
+THETA = ("theta_1", "theta_2")
+MU = 0.5
+
+
+@cache
+def additive() -> Problem:
+    """LG1: T = 4, d = p = 2, additive parameters."""
+    return Problem.of(instances.additive_instance())
+
+
+@cache
+def bilinear() -> Problem:
+    """BLN: T = 3, d = p = 2, parameters that also turn the step's matrix."""
+    return Problem.of(instances.bilinear_instance())
+
+
+def gradient_of(problem: Problem) -> np.ndarray:
+    return chains.gradient(problem.exact_chain, problem.exact_reward)
+
+
+def step_gradients_of(problem: Problem) -> np.ndarray:
+    return chains.step_gradients(problem.exact_chain, problem.exact_reward)
+
+
+def exact_mean(problem: Problem, credit: Credit, **options: object) -> np.ndarray:
+    """The exact mean of a credit matrix's estimate."""
+    return credit_moments(problem.exact_chain, problem.exact_reward, credit.outcomes, **options).mean  # type: ignore[arg-type]
+
+
+def sampled(problem: Problem, estimator: Estimator) -> Sampler:
+    """Per-sample gradients of the torch objects on the torch twin."""
+    return gradients(problem.chain, problem.params, problem.objective, estimator)
+
+
+def lazily(make: object) -> Sampler:
+    """A sampler built only when it is used, so that listing claims costs nothing."""
+    return lambda stream: make()(stream)  # type: ignore[operator]
+
+
+def both(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.concatenate([first, second])
+
+
+BOTH = ("theta_1 (additive)", "theta_2 (additive)", "theta_1 (bilinear)", "theta_2 (bilinear)")
+
+
+def exact_on_both(credit_for: object, **options: object) -> object:
+    """Exact means on the additive and on the bilinear chain, four numbers; `credit_for(T)` is the matrix."""
+    return lambda: both(
+        exact_mean(additive(), credit_for(4), **options),  # type: ignore[operator]
+        exact_mean(bilinear(), credit_for(3), **options),  # type: ignore[operator]
+    )
+
+
+def truth_on_both() -> np.ndarray:
+    return both(gradient_of(additive()), gradient_of(bilinear()))
+
+
+# --- the credit matrix -------------------------------------------------------------------------------------------
+
+
+@cache
+def signed_matrix() -> Credit:
+    """A full matrix with signed weights whose rows sum to one, on BLN (T = 3), without the last column."""
+    w = np.array([[0.7, 0.3, 0, 0, 0], [-0.6, 1.1, 0.5, 0, 0], [0.2, -0.4, 0.5, 0.7, 0]])
+    return Credit.of(w)
+
+
+def altered(row: int, column: int, by: float) -> Credit:
+    w = signed_matrix().matrices[0].copy()
+    w[row, column] += by
+    return Credit.of(w)
+
+
+def row_sum_law() -> np.ndarray:
+    """Exact mean of a matrix whose rows do not sum to one, as sum over t of row sum times g_t."""
+    return altered(1, 1, 0.8).row_sums() @ step_gradients_of(bilinear())
+
+
+CREDIT_ROWS = Claim(
+    id="estimators.credit-rows",
+    chapter=CHAPTER,
+    paper="verifine",
+    source="derived in docs/credit-matrix.md; covers RLR, eqs. (7)-(9) and (14)",
+    title="Every estimator is a credit matrix, and is unbiased exactly when its rows sum to one",
+    statement=(
+        r"Let $h_{t,k}$ be the gradient of step $t$ read from source $k$: the reward ($k = 0$) or the score of the "
+        r"noise of step $k \le t$. Then $\mathbb{E}\,h_{t,k} = g_t$ for every $k$, so that "
+        r"$\mathbb{E}\sum_{t,k} W_{t,k}\,h_{t,k} = \sum_t \big(\sum_k W_{t,k}\big)\, g_t$: bias is a row sum."
+    ),
+    printed="holds",
+    why="Given everything upstream of source k, each h is the same conditional derivative, written in another way. "
+    "First order, half order, policy gradient, truncation and their mixtures differ in W only.",
+    derivation="credit-matrix.md",
+    checks=(
+        equals(
+            "every source agrees",
+            "Is the exact mean of each single h[t,k] on the bilinear chain the same for all k?",
+            tuple(f"t={t}, k={k}, theta_{i + 1}" for t in (1, 2, 3) for k in range(t + 1) for i in (0, 1)),
+            subject=lambda: _rows(lambda mean: mean),
+            reference=lambda: _rows(lambda mean: np.repeat(step_gradients_of(bilinear())[:, None], 4, 1)),
+            controls={
+                "the score's sign flipped": lambda: _rows(lambda mean: np.concatenate([mean[:, :1], -mean[:, 1:]], 1)),
+                "noise of one step earlier": lambda: _rows(lambda mean: np.roll(mean, 1, 0)),
+            },
+        ),
+        equals(
+            "row sums tell the bias",
+            "Is the exact mean of a signed matrix with a row that sums to 1.8 that row sum's multiple of g_2?",
+            THETA,
+            subject=lambda: exact_mean(bilinear(), altered(1, 1, 0.8)),
+            reference=row_sum_law,
+            controls={"called unbiased": lambda: gradient_of(bilinear())},
+        ),
+        has_mean(
+            "the sweep samples it",
+            "Does the torch sweep with a full signed matrix (rows sum to one) have the exact gradient as its mean?",
+            THETA,
+            subject=lazily(lambda: sampled(bilinear(), Estimator("signed", signed_matrix()))),
+            reference=lambda: gradient_of(bilinear()),
+            margin=MARGIN_BILINEAR,
+            margin_from=FROM_BILINEAR,
+            kurtosis=kurtosis(4),
+            controls={
+                "row 2 sums to 3": lazily(lambda: sampled(bilinear(), Estimator("off", altered(1, 1, 2.0)))),
+                "row 3 sums to -1": lazily(lambda: sampled(bilinear(), Estimator("off", altered(2, 2, -2.0)))),
+            },
+        ),
+    ),
+    figures=lambda context: (_matrix_figure(),),
+)
+
+
+def _rows(change: object) -> np.ndarray:
+    """Means of all h[t, k] with k <= t on BLN, flattened, after `change` of the (T, T + 1, p) array."""
+    mean = change(row_moments(bilinear().exact_chain, bilinear().exact_reward).mean)  # type: ignore[operator]
+    return np.concatenate([mean[t, : t + 2].ravel() for t in range(3)])
+
+
+def _matrix_figure() -> Figure:
+    law = np.array([0.4, 0.3, 0.2, 0.1])
+    matrices = {
+        "first order": credits.first_order(4),
+        "truncated(2)": credits.truncated(4, 2),
+        "random truncation": credits.random_truncation(law),
+        "its debiased form": credits.random_truncation(law, debiased=True),
+        "half order(2)": credits.half_order(4, 2),
+        "policy gradient": credits.policy_gradient(4),
+        "zeroth order": credits.zeroth_order(4),
+    }
+    return Figure(
+        name="credit-matrices",
+        title="The estimators as credit matrices, T = 4",
+        caption="Rows are target steps, columns the sources that pay for them: the reward (0), the noise of each step, "
+        "the parameter noise (p). A row that does not sum to one is a bias, visible before a sample is drawn; for "
+        "random truncation the expected matrix is shown.",
+        alt="Seven small tables of weights. First order: column 0 is all ones. Truncated: only its first two rows. "
+        "Half order: blocks of two rows share a noise column. Policy gradient: the identity. Zeroth order: last column.",
+        kind="matrix",
+        matrices=tuple((name, tuple(map(tuple, c.expected().tolist()))) for name, c in matrices.items()),
+    )
+
+
+# --- unbiasedness of the named estimators ------------------------------------------------------------------------
+
+FIRST_ORDER = Claim(
+    id="estimators.first-order-unbiased",
+    chapter=CHAPTER,
+    paper="RLR",
+    source="RLR, eq. (9) and Proposition 4.1, first part",
+    title="Full back-propagation is unbiased",
+    statement=r"$\mathbb{E}\big[\nabla_\theta R(\mathbf{x}_0)\big] = \nabla_\theta\,\mathbb{E}[R(\mathbf{x}_0)]$ "
+    "for differentiable rewards and chains with bounded gradients.",
+    printed="holds",
+    why="The law of the noise does not depend on the parameters, so derivative and expectation change places.",
+    derivation="credit-matrix.md",
+    checks=(
+        equals(
+            "exact mean",
+            "Is the exact mean of the first-order estimate the gradient of the exact objective?",
+            BOTH,
+            subject=exact_on_both(credits.first_order),
+            reference=truth_on_both,
+            controls={"last step dropped": exact_on_both(lambda steps: credits.truncated(steps, steps - 1))},
+        ),
+        has_mean(
+            "sampled mean",
+            "Does the sweep with column 0 have the exact gradient as its mean on the bilinear chain?",
+            THETA,
+            subject=lazily(lambda: sampled(bilinear(), named.first_order(3))),
+            reference=lambda: gradient_of(bilinear()),
+            margin=MARGIN_BILINEAR / 4,
+            margin_from="0.005, 1.5 % of |grad J| = 0.326 on this chain; declared before sampling",
+            kurtosis=kurtosis(2),
+            controls={
+                "last step dropped": lazily(lambda: sampled(bilinear(), named.truncated(3, 2))),
+                "first step counted twice": lazily(
+                    lambda: sampled(bilinear(), Estimator("twice", _first_step_twice()))
+                ),
+            },
+        ),
+    ),
+)
+
+
+def _first_step_twice() -> Credit:
+    w = credits.first_order(3).matrices[0].copy()
+    w[0, 0] = 2
+    return Credit.of(w)
+
+
+def overlapping(steps: int, length: int = 2) -> Credit:
+    """Half-order blocks that start at every step instead of partitioning the chain."""
+    w = np.zeros((steps, steps + 2))
+    for start in range(steps):
+        w[start : start + length, start + 1] += 1
+    return Credit.of(w)
+
+
+def negated(credit: Credit) -> Credit:
+    return Credit(-credit.matrices, credit.probabilities)
+
+
+HALF_ORDER = Claim(
+    id="estimators.half-order-unbiased",
+    chapter=CHAPTER,
+    paper="RLR",
+    source="RLR, eq. (7) and Theorem 5.1",
+    title="Half order is unbiased for every block length, with the score's sign reversed",
+    statement=(
+        r"$R(\mathbf{x}_0) \sum_j D_\theta^\top \phi_{j_h:j_h+h-1}\,\nabla \ln f(\mathbf{z}_{j_h})$, $f$ the density of "
+        r"the noise $\mathbf{z}$, is an unbiased estimator of $\nabla_\theta\,\mathbb{E}[R(\mathbf{x}_0)]$."
+    ),
+    printed="holds-corrected",
+    corrected=(
+        r"With $\mathbf{z}_j / \sigma_j^2$ in place of $\nabla \ln f(\mathbf{z}_j) = -\mathbf{z}_j / \sigma_j^2$, and "
+        r"blocks that partition $\{1, \dots, T\}$, it is unbiased for every $h$."
+    ),
+    why="The score belongs to the location of the density, not to its argument: the printed sign climbs down. It is no "
+    "global sign, because in eq. (11) the first-order term keeps its own.",
+    derivation="credit-matrix.md",
+    checks=(
+        equals(
+            "exact mean",
+            "Is the exact mean of half order(2) the gradient of the exact objective?",
+            BOTH,
+            subject=exact_on_both(lambda steps: credits.half_order(steps, 2)),
+            reference=truth_on_both,
+            printed=exact_on_both(lambda steps: negated(credits.half_order(steps, 2))),
+            controls={"overlapping blocks": exact_on_both(overlapping)},
+        ),
+        *(
+            has_mean(
+                f"sampled mean, h = {h}",
+                f"Does the sweep with half order({h}) have the exact gradient as its mean on the bilinear chain?",
+                THETA,
+                subject=lazily(lambda h=h: sampled(bilinear(), named.half_order(3, h))),
+                reference=lambda: gradient_of(bilinear()),
+                margin=MARGIN_BILINEAR,
+                margin_from=FROM_BILINEAR,
+                kurtosis=kurtosis(4),
+                printed=lazily(lambda h=h: sampled(bilinear(), Estimator("minus", negated(credits.half_order(3, h))))),
+                controls={"overlapping blocks": lazily(lambda: sampled(bilinear(), Estimator("o", overlapping(3))))},
+            )
+            for h in (1, 2, 3)
+        ),
+    ),
+)
+
+
+def smoothed_gradient(**options: object) -> np.ndarray:
+    problem = bilinear()
+    rows = chains.smoothed_step_gradients(problem.exact_chain, problem.exact_reward, MU, **options)  # type: ignore[arg-type]
+    return rows.sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedNoise(Estimator):
+    """Planted error: one parameter noise for the whole chain, as code that perturbs a module once does."""
+
+    def draw(self, chain: Chain, params: Params, samples: int, generator: torch.Generator) -> named.Noise:
+        noise = super().draw(chain, params, samples, generator)
+        assert noise.parameters is not None
+        shared = {name: xi[:1].expand_as(xi) for name, xi in noise.parameters.items()}
+        return replace(noise, parameters=shared)
+
+
+def zeroth(shared: bool = False, scale: float = 1.0) -> Estimator:
+    """Antithetic zeroth order on BLN, or a planted error of it."""
+    kind = SharedNoise if shared else Estimator
+    w = credits.zeroth_order(3)
+    return kind("zeroth", Credit(scale * w.matrices, w.probabilities), ParameterNoise(MU), flips=("parameters",))
+
+
+ZEROTH_ORDER = Claim(
+    id="estimators.zeroth-order-smoothed",
+    chapter=CHAPTER,
+    paper="RLR",
+    source="RLR, eq. (8) and Theorem 5.1",
+    title="Zeroth order is unbiased for the smoothed objective, not for the objective",
+    statement=(
+        r"$\sum_{t} R(\mathbf{x}_0)\,\nabla \ln f(\mathbf{z}_t)$ with noise $\mathbf{z}_t$ on the parameters is an "
+        r"unbiased estimator of $\nabla_\theta\,\mathbb{E}[R(\mathbf{x}_0)]$."
+    ),
+    printed="holds-corrected",
+    corrected=(
+        r"$\sum_t R(\mathbf{x}_0)\,\mathbf{z}_t / \mu^2$ with independent $\mathbf{z}_t \sim \mathcal{N}(0, \mu^2 I)$ is "
+        r"unbiased for $\nabla J_\mu$, $J_\mu(\theta) = \mathbb{E}\,J(\theta + \mathbf{z}_1, \dots, \theta + "
+        r"\mathbf{z}_T)$; the bias for $J$ is $O(\mu^2)$ and vanishes for all $\mu$ only if $J$ is, e.g., quadratic."
+    ),
+    why="The perturbed chain is another chain: its objective is the average of J over the perturbations.",
+    derivation="credit-matrix.md",
+    checks=(
+        equals(
+            "exact mean",
+            "Is the exact mean on the bilinear chain the gradient of the exactly smoothed objective?",
+            THETA,
+            subject=lambda: exact_mean(bilinear(), credits.zeroth_order(3), mu=MU),
+            reference=smoothed_gradient,
+            printed=lambda: gradient_of(bilinear()),
+            controls={
+                "one noise for the whole chain": lambda: exact_mean(
+                    bilinear(), credits.zeroth_order(3), mu=MU, shared_noise=True
+                ),
+            },
+        ),
+        has_mean(
+            "sampled mean",
+            "Does the antithetic estimate on the bilinear chain, mu = 0.5, have the smoothed gradient as its mean?",
+            THETA,
+            subject=lazily(lambda: sampled(bilinear(), zeroth())),
+            reference=smoothed_gradient,
+            margin=MARGIN_BILINEAR,
+            margin_from=FROM_BILINEAR,
+            # The exact kurtosis of this estimate is out of reach; degree-9 polynomials allow far more. Declared: 2000.
+            kurtosis=2000,
+            printed=lazily(
+                lambda: mapped(
+                    sampled(bilinear(), zeroth()), lambda g: g - gradient_of(bilinear()) + smoothed_gradient()
+                )
+            ),
+            controls={
+                # Divided by T: the one noise is credited once, not T times.
+                "one noise for the whole chain": lazily(lambda: sampled(bilinear(), zeroth(shared=True, scale=1 / 3))),
+                "the score's sign flipped": lazily(lambda: sampled(bilinear(), zeroth(scale=-1.0))),
+            },
+        ),
+    ),
+)
+
+
+# --- smoothing bias ----------------------------------------------------------------------------------------------
+
+QUARTIC = {"theta": 0.4, "mu": 0.5, "s": 0.3}
+
+
+@cache
+def one_step() -> tuple[LinearGaussian, Params]:
+    """x_0 = theta + s eps as a chain of one step."""
+    chain = chains.LinearGaussianChain(
+        [[[0.0]]], [[[1.0]]], [[0.0]], [QUARTIC["s"]], [QUARTIC["theta"]], [0.0], [[1.0]]
+    )
+    return LinearGaussian.of(chain), {"theta": torch.tensor([QUARTIC["theta"]], dtype=torch.float64)}
+
+
+def quartic_bias(factor: float) -> np.ndarray:
+    return np.array([factor * QUARTIC["theta"] * QUARTIC["mu"] ** 2])
+
+
+def quartic_exact(kind: object) -> np.ndarray:
+    noisy = variance.smoothed_moment(4, QUARTIC["theta"], QUARTIC["mu"], QUARTIC["s"], kind)  # type: ignore[arg-type]
+    plain = variance.smoothed_moment(4, QUARTIC["theta"], 0.0, QUARTIC["s"])
+    return np.array([noisy.estimate - plain.derivative])
+
+
+def quartic_sampled(kind: object) -> Sampler:
+    chain, params = one_step()
+    estimator = antithetic(named.zeroth_order(1, QUARTIC["mu"], kind), "parameters")  # type: ignore[arg-type]
+    derivative = variance.smoothed_moment(4, QUARTIC["theta"], 0.0, QUARTIC["s"]).derivative
+    return mapped(gradients(chain, params, Objective(Power(4)), estimator), lambda g: g - derivative)
+
+
+QUARTIC_BIAS = Claim(
+    id="estimators.smoothing-bias-quartic",
+    chapter=CHAPTER,
+    paper="RLR",
+    source="RLR, eq. (8) and Theorem 5.1, on $R(x) = x^4$",
+    title="The smoothing bias of zeroth order on x^4 is exactly 12 theta mu^2",
+    statement=r"The zeroth-order estimator of $\nabla_\theta\,\mathbb{E}[(\theta + s\epsilon)^4]$ is unbiased.",
+    printed="refuted",
+    corrected=r"Its bias is $12\,\theta\mu^2$ with Gaussian and $4\,\theta\mu^2$ with Rademacher parameter noise, for "
+    "every $s$.",
+    why="Take the fourth power of theta + mu xi + s eps, multiply by xi / mu and average: E xi^4 = 3 for a Gaussian, "
+    "1 for a sign.",
+    derivation="variance.md",
+    checks=(
+        equals(
+            "exact bias",
+            "Does expanding the fourth power give 12 theta mu^2 (Gaussian) and 4 theta mu^2 (Rademacher)?",
+            ("Gaussian", "Rademacher"),
+            subject=lambda: both(quartic_exact("gaussian"), quartic_exact("rademacher")),
+            reference=lambda: both(quartic_bias(12), quartic_bias(4)),
+            printed=lambda: np.zeros(2),
+            controls={
+                "Gaussian factor for signs": lambda: both(quartic_bias(12), quartic_bias(12)),
+                "second-order term only": lambda: both(quartic_bias(6), quartic_bias(2)),
+            },
+        ),
+        has_mean(
+            "sampled bias, Gaussian",
+            "Is the sampled estimate, less the true derivative, 12 theta mu^2 = 1.2 on average?",
+            ("bias",),
+            subject=lazily(lambda: quartic_sampled("gaussian")),
+            reference=lambda: quartic_bias(12),
+            margin=0.05,
+            margin_from="0.05, 4 % of the bias; declared before sampling",
+            kurtosis=kurtosis(5),
+            printed=lazily(lambda: mapped(quartic_sampled("gaussian"), lambda g: g + quartic_bias(12))),
+            controls={"signs for Gaussians": lazily(lambda: quartic_sampled("rademacher"))},
+        ),
+        has_mean(
+            "sampled bias, Rademacher",
+            "Is the sampled estimate with random signs, less the true derivative, 4 theta mu^2 = 0.4 on average?",
+            ("bias",),
+            subject=lazily(lambda: quartic_sampled("rademacher")),
+            reference=lambda: quartic_bias(4),
+            margin=0.02,
+            margin_from="0.02, 5 % of the bias; declared before sampling",
+            kurtosis=kurtosis(5),
+            printed=lazily(lambda: mapped(quartic_sampled("rademacher"), lambda g: g + quartic_bias(4))),
+            controls={"Gaussians for signs": lazily(lambda: quartic_sampled("gaussian"))},
+        ),
+    ),
+)
+
+ZERO_BIAS = Claim(
+    id="estimators.smoothing-bias-zero",
+    chapter=CHAPTER,
+    paper="RLR",
+    source="RLR, Theorem 5.1, in the case where it holds",
+    title="Zeroth order has no smoothing bias where the objective is quadratic in the parameters",
+    statement=r"If $J(\theta_1, \dots, \theta_T)$ is quadratic in the per-step parameters, then $\nabla J_\mu = "
+    r"\nabla J$ for every $\mu$; an additive linear-Gaussian chain with a quadratic reward is such a case.",
+    printed="holds",
+    why="A quadratic's gradient is linear, and the noise has mean zero.",
+    derivation="credit-matrix.md",
+    checks=(
+        equals(
+            "exact mean at three mu",
+            "Is the exact mean on the additive chain the gradient itself at mu = 0.05, 0.5 and 2?",
+            tuple(f"{name}, mu = {mu}" for mu in (0.05, 0.5, 2.0) for name in THETA),
+            subject=lambda: _zeroth_means(additive(), 4),
+            reference=lambda: np.tile(gradient_of(additive()), 3),
+            controls={
+                "a chain whose matrix turns": lambda: (
+                    _zeroth_means(bilinear(), 3) - np.tile(gradient_of(bilinear()) - gradient_of(additive()), 3)
+                )
+            },
+        ),
+        has_mean(
+            "sampled mean",
+            "Does the antithetic sampled estimate on the additive chain, mu = 0.5, have the gradient as its mean?",
+            THETA,
+            subject=lazily(lambda: sampled(additive(), antithetic(named.zeroth_order(4, MU), "parameters"))),
+            reference=lambda: gradient_of(additive()),
+            margin=MARGIN_ADDITIVE,
+            margin_from=FROM_ADDITIVE,
+            kurtosis=kurtosis(3),
+            controls={
+                "step 1 left out": lazily(lambda: sampled(additive(), _without_first_step())),
+            },
+        ),
+    ),
+)
+
+
+def _zeroth_means(problem: Problem, steps: int) -> np.ndarray:
+    return np.concatenate([exact_mean(problem, credits.zeroth_order(steps), mu=mu) for mu in (0.05, 0.5, 2.0)])
+
+
+def _without_first_step() -> Estimator:
+    w = credits.zeroth_order(4).matrices[0].copy()
+    w[0, -1] = 0
+    return antithetic(Estimator("zeroth", Credit.of(w), ParameterNoise(MU)), "parameters")
+
+
+# --- truncation --------------------------------------------------------------------------------------------------
+
+
+def omitted(first: int) -> np.ndarray:
+    """Sum of the true per-step gradients of LG1 from step `first` on."""
+    return step_gradients_of(additive())[first - 1 :].sum(0)
+
+
+def truncation_gap(length: int) -> np.ndarray:
+    return gradient_of(additive()) - exact_mean(additive(), credits.truncated(4, length))
+
+
+TRUNCATION = Claim(
+    id="estimators.truncation-bias",
+    chapter=CHAPTER,
+    paper="RLR",
+    source="RLR, Proposition 4.1, second part",
+    title="The bias of truncated back-propagation is the omitted steps, not two more",
+    statement=(
+        r"The structural bias of back-propagation truncated to $T'$ steps is $\mathbb{E}\Big[\big(\sum_{i=T'-1}^{T} "
+        r"\tfrac{\partial \phi_i}{\partial \theta} \prod_{j=1}^{i-1} \tfrac{\partial \phi_j}{\partial \mathbf{x}_j}"
+        r"\big)^\top \tfrac{dR}{d\mathbf{x}_0}\Big]$."
+    ),
+    printed="holds-corrected",
+    corrected=r"The sum starts at $i = T' + 1$, and the Jacobians stand as $\tfrac{\partial \phi_1}{\partial "
+    r"\mathbf{x}_1} \cdots \tfrac{\partial \phi_{i-1}}{\partial \mathbf{x}_{i-1}} \tfrac{\partial \phi_i}{\partial "
+    r"\theta}$.",
+    why="Eq. (14) keeps the steps 1..T', so T'-1 and T' are not missing. On LG1 with T' = 2 the printed sum is the "
+    "whole gradient, as if the truncated estimate were zero on average.",
+    derivation="variance.md",
+    checks=(
+        equals(
+            "exact bias",
+            "Is the exact bias on the additive chain at T' = 2 and 3 the sum of g_i over i >= T' + 1?",
+            tuple(f"{name}, T' = {k}" for k in (2, 3) for name in THETA),
+            subject=lambda: both(omitted(3), omitted(4)),
+            reference=lambda: both(truncation_gap(2), truncation_gap(3)),
+            printed=lambda: both(omitted(1), omitted(2)),
+            controls={"sum from T'": lambda: both(omitted(2), omitted(3))},
+        ),
+        has_mean(
+            "sampled bias",
+            "Is the sampled truncated estimate (T' = 2) short of the gradient by g_3 + g_4 on average?",
+            THETA,
+            subject=lazily(lambda: _shortfall(named.truncated(4, 2))),
+            reference=lambda: omitted(3),
+            margin=MARGIN_ADDITIVE / 5,
+            margin_from="0.01, 1 % of |grad J| = 1.19 on this chain; declared before sampling",
+            kurtosis=kurtosis(1),
+            printed=lazily(lambda: mapped(_shortfall(named.truncated(4, 2)), lambda g: g + omitted(3) - omitted(1))),
+            controls={"truncated at 3": lazily(lambda: _shortfall(named.truncated(4, 3)))},
+        ),
+    ),
+)
+
+
+def _shortfall(estimator: Estimator) -> Sampler:
+    return mapped(sampled(additive(), estimator), lambda g: gradient_of(additive()) - g)
+
+
+def product_order(order: str) -> np.ndarray:
+    """First-order gradient of LG1 with the Jacobian products written in a given order (all matrices are 2 x 2)."""
+    chain, reward = additive().exact_chain, additive().exact_reward
+    means, _ = chains.marginals(chain)
+    slope = reward.linear + reward.quadratic @ means[0]
+    total = np.zeros(2)
+    for t in range(4):
+        factors = [chain.A[j] for j in range(t)]
+        product = np.linalg.multi_dot([np.eye(2), *factors, np.eye(2)])
+        reverse = np.linalg.multi_dot([np.eye(2), *factors[::-1], np.eye(2)])
+        matrix = {
+            "chain rule": product @ chain.B[t],
+            "printed": chain.B[t] @ product,
+            "reversed": reverse @ chain.B[t],
+            "printed reversed": chain.B[t] @ reverse,
+        }[order]
+        total += matrix.T @ slope
+    return total
+
+
+JACOBIAN_ORDER = Claim(
+    id="estimators.jacobian-order",
+    chapter=CHAPTER,
+    paper="RLR",
+    source="RLR, eq. (9)",
+    title="The Jacobians of full back-propagation do not commute: the printed product is another matrix",
+    statement=(
+        r"$\nabla_\theta R(\mathbf{x}_0) = \Big[\tfrac{\partial \phi_1}{\partial \theta} + \sum_{i=2}^{T} "
+        r"\tfrac{\partial \phi_i}{\partial \theta} \prod_{j=1}^{i-1} \tfrac{\partial \phi_j}{\partial \mathbf{x}_j}"
+        r"\Big]^\top \tfrac{dR}{d\mathbf{x}_0}$"
+    ),
+    printed="holds-corrected",
+    corrected=r"$\Big[\sum_{i=1}^{T} \tfrac{\partial \phi_1}{\partial \mathbf{x}_1} \cdots \tfrac{\partial "
+    r"\phi_{i-1}}{\partial \mathbf{x}_{i-1}} \tfrac{\partial \phi_i}{\partial \theta}\Big]^\top "
+    r"\tfrac{dR}{d\mathbf{x}_0}$",
+    why="The chain rule puts the parameter derivative last. As printed the shapes fit only if dim theta = dim x, and "
+    "even then the value is wrong.",
+    derivation="credit-matrix.md",
+    checks=(
+        equals(
+            "expected gradient",
+            "Does the product give the gradient of the exact objective on the additive chain?",
+            THETA,
+            subject=lambda: product_order("chain rule"),
+            reference=lambda: gradient_of(additive()),
+            printed=lambda: product_order("printed"),
+            controls={
+                "Jacobians in reverse": lambda: product_order("reversed"),
+                "printed, Jacobians in reverse": lambda: product_order("printed reversed"),
+            },
+        ),
+    ),
+)
+
+ALIGN_LAW = np.array([0.4, 0.3, 0.2, 0.1])
+
+
+def inclusion_mean(law: np.ndarray) -> np.ndarray:
+    """Mean of the randomly truncated estimate on LG1 from the theory room: sum over t of P(K >= t) g_t."""
+    return variance.truncated_mean(step_gradients_of(additive()), np.concatenate([[0.0], law]))
+
+
+RANDOM_TRUNCATION = Claim(
+    id="estimators.random-truncation",
+    chapter=CHAPTER,
+    paper="AlignProp code",
+    about="code",
+    source="AlignProp, randomised truncation; the same in RLR's and VADER's code",
+    title="Random truncation is biased until each step is divided by its inclusion probability",
+    statement=r"Back-propagating through a random number $K$ of last steps estimates the full gradient.",
+    printed="holds-corrected",
+    corrected=r"Its mean is $\sum_t P(K \ge t)\,g_t$. Dividing step $t$ by $P(K \ge t)$ makes it unbiased, provided "
+    r"$P(K \ge T) > 0$.",
+    why="Early steps are reached rarely, so they are under-paid; a law of K that never reaches T cannot be debiased.",
+    derivation="variance.md",
+    checks=(
+        equals(
+            "exact mean of the debiased form",
+            "Is the exact mean of the debiased form the gradient?",
+            THETA,
+            subject=lambda: exact_mean(additive(), credits.random_truncation(ALIGN_LAW, debiased=True)),
+            reference=lambda: gradient_of(additive()),
+            printed=lambda: exact_mean(additive(), credits.random_truncation(ALIGN_LAW)),
+            controls={"divided by P(K = t)": lambda: exact_mean(additive(), _divided_by_mass())},
+        ),
+        equals(
+            "exact mean of the released form",
+            "Is the exact mean of plain random truncation the sum of P(K >= t) g_t?",
+            THETA,
+            subject=lambda: exact_mean(additive(), credits.random_truncation(ALIGN_LAW)),
+            reference=lambda: inclusion_mean(ALIGN_LAW),
+            controls={"P(K > t) in place of P(K >= t)": lambda: inclusion_mean(np.append(ALIGN_LAW[1:], 0.0) + [0.4, 0, 0, 0])},
+        ),
+        has_mean(
+            "sampled mean of the debiased form",
+            "Does the sampled debiased form have the exact gradient as its mean?",
+            THETA,
+            subject=lazily(lambda: sampled(additive(), named.random_truncation(ALIGN_LAW, debiased=True))),
+            reference=lambda: gradient_of(additive()),
+            margin=MARGIN_ADDITIVE / 5,
+            margin_from="0.01, 1 % of |grad J| = 1.19 on this chain; declared before sampling",
+            kurtosis=kurtosis(1, rarest=0.1),
+            printed=lazily(lambda: sampled(additive(), named.random_truncation(ALIGN_LAW))),
+            controls={"divided by P(K = t)": lazily(lambda: sampled(additive(), Estimator("m", _divided_by_mass())))},
+        ),
+    ),
+)  # fmt: skip
+
+
+def _divided_by_mass() -> Credit:
+    plain = credits.random_truncation(ALIGN_LAW)
+    return Credit(plain.matrices / ALIGN_LAW[:, None], plain.probabilities)
+
+
+# --- baselines, released losses, running costs -------------------------------------------------------------------
+
+GROUP = 4
+
+
+@dataclass(frozen=True)
+class SelfIncluded:
+    """Planted error, and what released code does: the group's mean return, the sample's own included."""
+
+    group: int
+
+    def __call__(self, returns: Tensor, x: Tensor, k: int) -> Tensor:
+        grouped = returns.reshape(-1, self.group)
+        return grouped.mean(1, keepdim=True).expand_as(grouped).flatten()
+
+
+@dataclass(frozen=True)
+class PeeksAhead:
+    """Planted error: a baseline that depends on the very noise it is paired with."""
+
+    def __call__(self, returns: Tensor, x: Tensor, k: int) -> Tensor:
+        return 0.5 * returns
+
+
+def with_group_baseline(baseline: object) -> Sampler:
+    problem = additive()
+    estimator = with_baseline(named.policy_gradient(4), baseline)  # type: ignore[arg-type]
+    return gradients(problem.chain, problem.params, problem.objective, estimator, group=GROUP)
+
+
+BASELINE = Claim(
+    id="estimators.baseline-self-included",
+    chapter=CHAPTER,
+    paper="DDPO code",
+    about="code",
+    source="ddpo-pytorch and TRL <= 0.23, advantage normalisation",
+    title="A batch-mean baseline that includes the sample itself shrinks the policy gradient by 1 - 1/N",
+    statement=r"Subtracting the mean reward of the batch, or of the prompt's group of $N$ samples, leaves the policy "
+    "gradient unbiased.",
+    printed="holds-corrected",
+    corrected=r"Its mean is $(1 - \tfrac{1}{N})\,\nabla J$; the mean of the *other* samples leaves it unbiased.",
+    why="The sample's own reward in the mean is correlated with its own score: it takes 1/N of the gradient away.",
+    derivation="variance.md",
+    checks=(
+        has_mean(
+            "leave-one-out",
+            f"Does the policy gradient with leave-one-out means of groups of {GROUP} have the exact mean?",
+            THETA,
+            subject=lazily(lambda: with_group_baseline(LeaveOneOut(GROUP))),
+            reference=lambda: gradient_of(additive()),
+            margin=MARGIN_ADDITIVE,
+            margin_from=FROM_ADDITIVE,
+            kurtosis=kurtosis(3),
+            printed=lazily(lambda: with_group_baseline(SelfIncluded(GROUP))),
+            controls={"a baseline that sees the noise": lazily(lambda: with_group_baseline(PeeksAhead()))},
+        ),
+        has_mean(
+            "self-included",
+            f"Does the self-included mean of groups of {GROUP} give 1 - 1/{GROUP} of the exact gradient?",
+            THETA,
+            subject=lazily(lambda: with_group_baseline(SelfIncluded(GROUP))),
+            reference=lambda: variance.self_included_baseline_factor(GROUP) * gradient_of(additive()),
+            margin=MARGIN_ADDITIVE,
+            margin_from=FROM_ADDITIVE,
+            kurtosis=kurtosis(3),
+            controls={"leave-one-out": lazily(lambda: with_group_baseline(LeaveOneOut(GROUP)))},
+        ),
+    ),
+)
+
+
+def averaged_log_prob(scale: float = 0.5) -> Estimator:
+    """The policy gradient with log-probabilities averaged over the latent's dimensions (d = 2): 1/d of it."""
+    w = credits.policy_gradient(4)
+    return Estimator("averaged", Credit(scale * w.matrices, w.probabilities))
+
+
+LOG_PROB_MEAN = Claim(
+    id="estimators.log-prob-sum",
+    chapter=CHAPTER,
+    paper="DDPO code",
+    about="code",
+    source="ddpo-pytorch, ddim_with_logprob; TRL <= 0.23, modeling_sd_base; RLR code",
+    title="Log-probabilities averaged over dimensions give 1/d of the policy gradient",
+    statement=r"The step's log-probability is the *mean* over the latent's $d$ coordinates of the Gaussian "
+    "log-densities.",
+    printed="holds-corrected",
+    corrected=r"It is their *sum*. The mean scales the gradient by $1/d$ ($d = 16384$ for Stable Diffusion at 512 "
+    "pixels), and a clip range on its ratio by $d$.",
+    why="Harmless for Adam's direction, not for step sizes, mixtures with other terms (first order, KL), or clipping.",
+    derivation="credit-matrix.md",
+    checks=(
+        has_mean(
+            "sampled mean",
+            "Does the sum over the d = 2 coordinates give the exact gradient?",
+            THETA,
+            subject=lazily(lambda: sampled(additive(), named.policy_gradient(4))),
+            reference=lambda: gradient_of(additive()),
+            margin=MARGIN_ADDITIVE,
+            margin_from=FROM_ADDITIVE,
+            kurtosis=kurtosis(3),
+            printed=lazily(lambda: sampled(additive(), averaged_log_prob())),
+            controls={"one coordinate too many": lazily(lambda: sampled(additive(), averaged_log_prob(1.5)))},
+        ),
+        equals(
+            "exact mean",
+            "Is the exact mean of the summed form the gradient?",
+            THETA,
+            subject=lambda: exact_mean(additive(), credits.policy_gradient(4)),
+            reference=lambda: gradient_of(additive()),
+            printed=lambda: exact_mean(additive(), averaged_log_prob().credit),
+            controls={"one coordinate too many": lambda: exact_mean(additive(), averaged_log_prob(1.5).credit)},
+        ),
+    ),
+)
+
+KL_STRENGTH, KL_REFERENCE = 0.4, np.array([0.8, 0.3])
+
+
+def penalty() -> chains.KLPenalty:
+    return chains.KLPenalty(KL_STRENGTH, KL_REFERENCE)
+
+
+def penalised_gradient() -> np.ndarray:
+    return chains.gradient(bilinear().exact_chain, bilinear().exact_reward, penalty())
+
+
+@dataclass(frozen=True, eq=False)
+class CostAsReward:
+    """Planted error: the KL treated as a part of a black-box reward, without its own gradient in the parameters."""
+
+    strength: float
+    reference: Params
+
+    def __call__(self, chain: Chain, mean: Tensor, x: Tensor, t: int, condition: Condition) -> Tensor:
+        gap = (mean.detach() - chain.mean(self.reference, x, t, condition)) / positive_std(chain, t)
+        return 0.5 * self.strength * gap.square().sum(1)
+
+
+def penalised(estimator: Estimator, strength: float = KL_STRENGTH, black_box: bool = False) -> Sampler:
+    problem = bilinear()
+    reference = {"theta": torch.tensor(KL_REFERENCE)}
+    objective = kl_regularised(problem.objective, strength, reference)
+    if black_box:
+        objective = Objective(problem.objective.reward, (CostAsReward(strength, reference),))
+    return gradients(problem.chain, problem.params, objective, estimator)
+
+
+KL_REGULARISED = Claim(
+    id="estimators.kl-regularised",
+    chapter=CHAPTER,
+    paper="verifine",
+    source="derived in docs/credit-matrix.md (running costs); the objective of PI-FT and of DPOK",
+    title="With a running KL to a reference, every credit matrix with unit rows stays unbiased",
+    statement=(
+        r"For $\mathbb{E}\big[R(x_0) - \lambda \sum_t \mathrm{KL}(p_\theta(\cdot\,|\,x_t)\,\|\,p_{\mathrm{ref}}(\cdot\,|"
+        r"\,x_t))\big]$: source $k$ multiplies its score by the return *after* $k$, the costs of the steps $k, \dots, t$ "
+        r"are injected on the way from $k$ to $t$, and $\mathbb{E}\,h_{t,k} = g_t$ as before."
+    ),
+    printed="holds",
+    why="Costs above the noise k cannot be moved by it; those between k and t can be moved by step t and are "
+    "differentiated directly.",
+    derivation="credit-matrix.md",
+    checks=(
+        equals(
+            "exact mean",
+            "Is the exact mean of the signed matrix the gradient of the exact penalised objective?",
+            THETA,
+            subject=lambda: exact_mean(bilinear(), signed_matrix(), penalty=penalty()),
+            reference=penalised_gradient,
+            controls={"KL left out": lambda: exact_mean(bilinear(), signed_matrix())},
+        ),
+        *(
+            has_mean(
+                f"sampled mean, {estimator.name}",
+                f"Does the sweep with {estimator.name} have the gradient of the exact penalised objective as its mean?",
+                THETA,
+                subject=lazily(lambda e=estimator: penalised(e)),
+                reference=penalised_gradient,
+                margin=2 * MARGIN_BILINEAR,
+                margin_from="0.04, 5 % of |grad J| = 0.83 with the penalty; declared before sampling",
+                kurtosis=degree,
+                controls={
+                    "no direct gradient of the KL": lazily(lambda e=estimator: penalised(e, black_box=True)),
+                    "twice the strength": lazily(lambda e=estimator: penalised(e, 2 * KL_STRENGTH)),
+                },
+            )
+            for estimator, degree in (
+                (named.first_order(3), kurtosis(2)),
+                (named.half_order(3, 2), kurtosis(4)),
+                (Estimator("the signed matrix", signed_matrix()), kurtosis(4)),
+            )
+        ),
+    ),
+)
+
+CLAIMS: tuple[Claim, ...] = (
+    CREDIT_ROWS,
+    FIRST_ORDER,
+    HALF_ORDER,
+    ZEROTH_ORDER,
+    QUARTIC_BIAS,
+    ZERO_BIAS,
+    TRUNCATION,
+    JACOBIAN_ORDER,
+    RANDOM_TRUNCATION,
+    BASELINE,
+    LOG_PROB_MEAN,
+    KL_REGULARISED,
+    *LEARNED,
+    *variances.CLAIMS,
+)

@@ -1,0 +1,227 @@
+"""One run: claims examined in parallel, evidence written claim by claim, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from claims.claim import PROFILES, Claim, Context, examine
+from claims.records import CorruptEvidence, Evidence, Provenance, Run, from_json, to_json, write_atomically
+from claims.registry import BY_ID, CLAIMS, ledger
+from verdicts.streams import Stream
+
+ALPHA = 1e-6  # error probability of a whole run, all claims together
+ROOMS = ("theory", "algorithms", "verdicts", "toy", "claims")
+LIBRARIES = ("numpy", "scipy", "torch", "joblib", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run's numbers: the root seed and the profile; `folder` is where its evidence lies."""
+
+    seed: int
+    profile: str
+    folder: Path
+    alpha: float = ALPHA
+
+
+def run(
+    claims: tuple[Claim, ...],
+    settings: Settings,
+    jobs: int,
+    resume: bool,
+    on_done: Callable[[Evidence], None],
+    cluster: str | None = None,
+) -> Run:
+    """Examine `claims` and write their evidence under the run's folder; return the whole run.
+
+    Evidence that is already there is kept with `resume` if it comes from the same seed, profile and source code.
+    An interruption (Ctrl-C) is passed on after the provenance of the unfinished run has been written.
+
+    Raises:
+        ValueError: if `resume` meets a run with another seed or profile.
+        CorruptEvidence: if a file that should be resumed cannot be read.
+        OSError: if the folder cannot be written.
+    """
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    earlier = _resumable(settings) if resume else {}
+    if not resume:
+        for file in _evidence_files(settings.folder):
+            file.unlink()
+    done = {claim.id: earlier[claim.id] for claim in claims if claim.id in earlier}
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+    def provenance(finished: bool) -> Provenance:
+        return Provenance(
+            seed=settings.seed,
+            profile=settings.profile,
+            alpha=settings.alpha,
+            started=started,
+            seconds=time.perf_counter() - start,
+            commit=_commit(),
+            machine=_machine(),
+            versions=_versions(),
+            jobs=jobs,
+            selected=tuple(claim.id for claim in claims),
+            finished=finished,
+        )
+
+    _write_provenance(settings.folder, provenance(False))
+    for evidence in done.values():
+        on_done(evidence)
+    try:
+        for evidence in _examined([c.id for c in claims if c.id not in done], settings, jobs, cluster):
+            done[evidence.statement.id] = evidence
+            on_done(evidence)
+    except BaseException:
+        _write_provenance(settings.folder, provenance(False))
+        raise
+    whole = Run(provenance(True), tuple(done[claim.id] for claim in claims))
+    _write_provenance(settings.folder, whole.provenance)
+    return whole
+
+
+def load(folder: Path) -> Run:
+    """Read a run back from its folder, finished or not.
+
+    Raises:
+        CorruptEvidence: if a file cannot be read; the text names it.
+        ValueError: if the folder holds no run.
+    """
+    file = folder / "run.json"
+    if not file.exists():
+        raise ValueError(f"{folder} holds no run: there is no run.json in it")
+    provenance = from_json(Provenance, _read(file), str(file))
+    found = {e.statement.id: e for e in (_load_evidence(f) for f in _evidence_files(folder))}
+    order = [claim.id for claim in CLAIMS] + sorted(set(found) - set(BY_ID))
+    return Run(provenance, tuple(found[i] for i in order if i in found))
+
+
+def examine_by_id(claim_id: str, settings: Settings) -> Evidence:
+    """Examine one claim and write its evidence: the task that workers are handed.
+
+    A failure of the claim's own code becomes evidence with an error text and an inconclusive verdict.
+    """
+    import torch
+
+    # One thread per worker, always: results then do not depend on how many workers share the machine.
+    torch.set_num_threads(1)
+    claim, profile = BY_ID[claim_id], PROFILES[settings.profile]
+    context = Context(Stream(settings.seed), 0.0, profile, settings.folder / "cache")
+    began = time.perf_counter()
+    try:
+        evidence = examine(claim, context, ledger(settings.alpha).spend)
+    except Exception as fault:
+        where = traceback.extract_tb(fault.__traceback__)[-1]
+        error = f"{type(fault).__name__}: {fault} ({Path(where.filename).name}:{where.lineno})"
+        evidence = Evidence(claim.record(), "inconclusive", False, (), (), time.perf_counter() - began, error=error)
+    write_atomically(settings.folder / "claims" / f"{claim_id}.json", to_json(evidence))
+    return evidence
+
+
+def _examined(ids: list[str], settings: Settings, jobs: int, cluster: str | None) -> Iterator[Evidence]:
+    """Yield evidence as it comes, from worker processes or from a Dask cluster."""
+    import joblib
+
+    tasks = (joblib.delayed(examine_by_id)(i, settings) for i in ids)
+    with contextlib.ExitStack() as stack:
+        if cluster is not None:
+            from dask.distributed import Client
+
+            stack.enter_context(Client(cluster))
+            stack.enter_context(joblib.parallel_config(backend="dask"))
+        elif jobs == 1:
+            yield from (task(*arguments, **options) for task, arguments, options in tasks)
+            return
+        parallel = joblib.Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")
+        yield from parallel(tasks)
+
+
+def _resumable(settings: Settings) -> dict[str, Evidence]:
+    """Return the folder's evidence if it belongs to this very run, nothing if the code has changed since."""
+    file = settings.folder / "run.json"
+    if not file.exists():
+        return {}
+    found = from_json(Provenance, _read(file), str(file))
+    for what, there, asked in (
+        ("seed", found.seed, settings.seed),
+        ("profile", found.profile, settings.profile),
+        ("alpha", found.alpha, settings.alpha),
+    ):
+        if there != asked:
+            raise ValueError(f"cannot resume {settings.folder}: it holds a run with {what} {there}, asked for {asked}")
+    if found.versions.get("source") != source_digest():
+        return {}
+    loaded = (_load_evidence(f) for f in _evidence_files(settings.folder))
+    return {e.statement.id: e for e in loaded if not e.error}
+
+
+def _evidence_files(folder: Path) -> list[Path]:
+    return sorted((folder / "claims").glob("[!.]*.json"))
+
+
+def _load_evidence(file: Path) -> Evidence:
+    return from_json(Evidence, _read(file), str(file))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise CorruptEvidence(f"{file}: not text ({fault})") from None
+
+
+def _write_provenance(folder: Path, provenance: Provenance) -> None:
+    write_atomically(folder / "run.json", to_json(provenance))
+
+
+def source_digest() -> str:
+    """Return a digest of the source of every room that measures: evidence is resumed under the same digest only."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for file in sorted(f for room in ROOMS for f in (root / room).rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _commit() -> str:
+    root = Path(__file__).parent.parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def _machine() -> str:
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"verifine": importlib.metadata.version("verifine"), "source": source_digest(), **libraries}
+
+
+def without_times(evidence: Evidence) -> Evidence:
+    """Return evidence with its clock readings zeroed: what must be bit-identical between two runs."""
+    checks = tuple(
+        replace(check, readings=tuple(replace(reading, seconds=0.0) for reading in check.readings))
+        for check in evidence.checks
+    )
+    return replace(evidence, checks=checks, seconds=0.0)
