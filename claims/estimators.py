@@ -31,9 +31,9 @@ from verdicts.means import gaussian_polynomial_kurtosis as kurtosis
 CHAPTER = "Estimators"
 MARGIN_ADDITIVE = 0.05
 MARGIN_BILINEAR = 0.02
-FROM_ADDITIVE = "0.05, 4 % of |grad J| = 1.19 on this chain; declared before sampling"
-FROM_BILINEAR = "0.02, 6 % of |grad J| = 0.326 on this chain; declared before sampling"
-THETA = ("theta_1", "theta_2")
+FROM_ADDITIVE = "0.05, 4 % of |∇J| = 1.19 on this chain; declared before sampling"
+FROM_BILINEAR = "0.02, 6 % of |∇J| = 0.326 on this chain; declared before sampling"
+THETA = ("θ₁", "θ₂")
 MU = 0.5
 
 
@@ -76,7 +76,7 @@ def both(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.concatenate([first, second])
 
 
-BOTH = ("theta_1 (additive)", "theta_2 (additive)", "theta_1 (bilinear)", "theta_2 (bilinear)")
+BOTH = ("θ₁ (additive)", "θ₂ (additive)", "θ₁ (bilinear)", "θ₂ (bilinear)")
 
 
 def exact_on_both(credit_for: object, **options: object) -> object:
@@ -131,7 +131,7 @@ CREDIT_ROWS = Claim(
         equals(
             "every source agrees",
             "Is the exact mean of each single h[t,k] on the bilinear chain the same for all k?",
-            tuple(f"t={t}, k={k}, theta_{i + 1}" for t in (1, 2, 3) for k in range(t + 1) for i in (0, 1)),
+            tuple(f"t={t}, k={k}, θ{"₁₂"[i]}" for t in (1, 2, 3) for k in range(t + 1) for i in (0, 1)),
             subject=lambda: _rows(lambda mean: mean),
             reference=lambda: _rows(lambda mean: np.repeat(step_gradients_of(bilinear())[:, None], 4, 1)),
             controls={
@@ -141,7 +141,7 @@ CREDIT_ROWS = Claim(
         ),
         equals(
             "row sums tell the bias",
-            "Is the exact mean of a signed matrix with a row that sums to 1.8 that row sum's multiple of g_2?",
+            "Is the exact mean of a signed matrix with a row that sums to 1.8 that row sum's multiple of g₂?",
             THETA,
             subject=lambda: exact_mean(bilinear(), altered(1, 1, 0.8)),
             reference=row_sum_law,
@@ -192,6 +192,9 @@ def _matrix_figure() -> Figure:
         alt="Seven small tables of weights. First order: column 0 is all ones. Truncated: only its first two rows. "
         "Half order: blocks of two rows share a noise column. Policy gradient: the identity. Zeroth order: last column.",
         kind="matrix",
+        x_label="source",
+        y_label="step",
+        column_labels=("0", "1", "2", "3", "4", "p"),
         matrices=tuple((name, tuple(map(tuple, c.expected().tolist()))) for name, c in matrices.items()),
     )
 
@@ -225,7 +228,7 @@ FIRST_ORDER = Claim(
             subject=lazily(lambda: sampled(bilinear(), named.first_order(3))),
             reference=lambda: gradient_of(bilinear()),
             margin=MARGIN_BILINEAR / 4,
-            margin_from="0.005, 1.5 % of |grad J| = 0.326 on this chain; declared before sampling",
+            margin_from="0.005, 1.5 % of |∇J| = 0.326 on this chain; declared before sampling",
             kurtosis=kurtosis(2),
             controls={
                 "last step dropped": lazily(lambda: sampled(bilinear(), named.truncated(3, 2))),
@@ -361,7 +364,7 @@ ZEROTH_ORDER = Claim(
         ),
         has_mean(
             "sampled mean",
-            "Does the antithetic estimate on the bilinear chain, mu = 0.5, have the smoothed gradient as its mean?",
+            "Does the antithetic estimate on the bilinear chain, μ = 0.5, have the smoothed gradient as its mean?",
             THETA,
             subject=lazily(lambda: sampled(bilinear(), zeroth())),
             reference=smoothed_gradient,
@@ -420,18 +423,17 @@ QUARTIC_BIAS = Claim(
     chapter=CHAPTER,
     paper="RLR",
     source="RLR, eq. (8) and Theorem 5.1, on $R(x) = x^4$",
-    title="The smoothing bias of zeroth order on x^4 is exactly 12 theta mu^2",
+    title="The smoothing bias of zeroth order on x⁴ is exactly 12 θμ²",
     statement=r"The zeroth-order estimator of $\nabla_\theta\,\mathbb{E}[(\theta + s\epsilon)^4]$ is unbiased.",
     printed="refuted",
     corrected=r"Its bias is $12\,\theta\mu^2$ with Gaussian and $4\,\theta\mu^2$ with Rademacher parameter noise, for "
     "every $s$.",
-    why="Take the fourth power of theta + mu xi + s eps, multiply by xi / mu and average: E xi^4 = 3 for a Gaussian, "
-    "1 for a sign.",
+    why="Take the fourth power of θ + μξ + sε, multiply by ξ/μ and average: E ξ⁴ = 3 for a Gaussian, 1 for a sign.",
     derivation="variance.md",
     checks=(
         equals(
             "exact bias",
-            "Does expanding the fourth power give 12 theta mu^2 (Gaussian) and 4 theta mu^2 (Rademacher)?",
+            "Does expanding the fourth power give 12 θμ² (Gaussian) and 4 θμ² (Rademacher)?",
             ("Gaussian", "Rademacher"),
             subject=lambda: both(quartic_exact("gaussian"), quartic_exact("rademacher")),
             reference=lambda: both(quartic_bias(12), quartic_bias(4)),
@@ -443,7 +445,7 @@ QUARTIC_BIAS = Claim(
         ),
         has_mean(
             "sampled bias, Gaussian",
-            "Is the sampled estimate, less the true derivative, 12 theta mu^2 = 1.2 on average?",
+            "Is the sampled estimate, less the true derivative, 12 θμ² = 1.2 on average?",
             ("bias",),
             subject=lazily(lambda: quartic_sampled("gaussian")),
             reference=lambda: quartic_bias(12),
@@ -455,7 +457,7 @@ QUARTIC_BIAS = Claim(
         ),
         has_mean(
             "sampled bias, Rademacher",
-            "Is the sampled estimate with random signs, less the true derivative, 4 theta mu^2 = 0.4 on average?",
+            "Is the sampled estimate with random signs, less the true derivative, 4 θμ² = 0.4 on average?",
             ("bias",),
             subject=lazily(lambda: quartic_sampled("rademacher")),
             reference=lambda: quartic_bias(4),
@@ -481,9 +483,9 @@ ZERO_BIAS = Claim(
     derivation="credit-matrix.md",
     checks=(
         equals(
-            "exact mean at three mu",
-            "Is the exact mean on the additive chain the gradient itself at mu = 0.05, 0.5 and 2?",
-            tuple(f"{name}, mu = {mu}" for mu in (0.05, 0.5, 2.0) for name in THETA),
+            "exact mean at three μ",
+            "Is the exact mean on the additive chain the gradient itself at μ = 0.05, 0.5 and 2?",
+            tuple(f"{name}, μ = {mu}" for mu in (0.05, 0.5, 2.0) for name in THETA),
             subject=lambda: _zeroth_means(additive(), 4),
             reference=lambda: np.tile(gradient_of(additive()), 3),
             controls={
@@ -494,7 +496,7 @@ ZERO_BIAS = Claim(
         ),
         has_mean(
             "sampled mean",
-            "Does the antithetic sampled estimate on the additive chain, mu = 0.5, have the gradient as its mean?",
+            "Does the antithetic sampled estimate on the additive chain, μ = 0.5, have the gradient as its mean?",
             THETA,
             subject=lazily(lambda: sampled(additive(), antithetic(named.zeroth_order(4, MU), "parameters"))),
             reference=lambda: gradient_of(additive()),
@@ -552,7 +554,7 @@ TRUNCATION = Claim(
     checks=(
         equals(
             "exact bias",
-            "Is the exact bias on the additive chain at T' = 2 and 3 the sum of g_i over i >= T' + 1?",
+            "Is the exact bias on the additive chain at T' = 2 and 3 the sum of g_i over i ≥ T' + 1?",
             tuple(f"{name}, T' = {k}" for k in (2, 3) for name in THETA),
             subject=lambda: both(omitted(3), omitted(4)),
             reference=lambda: both(truncation_gap(2), truncation_gap(3)),
@@ -561,12 +563,12 @@ TRUNCATION = Claim(
         ),
         has_mean(
             "sampled bias",
-            "Is the sampled truncated estimate (T' = 2) short of the gradient by g_3 + g_4 on average?",
+            "Is the sampled truncated estimate (T' = 2) short of the gradient by g₃ + g₄ on average?",
             THETA,
             subject=lazily(lambda: _shortfall(named.truncated(4, 2))),
             reference=lambda: omitted(3),
             margin=MARGIN_ADDITIVE / 5,
-            margin_from="0.01, 1 % of |grad J| = 1.19 on this chain; declared before sampling",
+            margin_from="0.01, 1 % of |∇J| = 1.19 on this chain; declared before sampling",
             kurtosis=kurtosis(1),
             printed=lazily(lambda: mapped(_shortfall(named.truncated(4, 2)), lambda g: g + omitted(3) - omitted(1))),
             controls={"truncated at 3": lazily(lambda: _shortfall(named.truncated(4, 3)))},
@@ -614,7 +616,7 @@ JACOBIAN_ORDER = Claim(
     corrected=r"$\Big[\sum_{i=1}^{T} \tfrac{\partial \phi_1}{\partial \mathbf{x}_1} \cdots \tfrac{\partial "
     r"\phi_{i-1}}{\partial \mathbf{x}_{i-1}} \tfrac{\partial \phi_i}{\partial \theta}\Big]^\top "
     r"\tfrac{dR}{d\mathbf{x}_0}$",
-    why="The chain rule puts the parameter derivative last. As printed the shapes fit only if dim theta = dim x, and "
+    why="The chain rule puts the parameter derivative last. As printed the shapes fit only if dim θ = dim x, and "
     "even then the value is wrong.",
     derivation="credit-matrix.md",
     checks=(
@@ -666,11 +668,11 @@ RANDOM_TRUNCATION = Claim(
         ),
         equals(
             "exact mean of the released form",
-            "Is the exact mean of plain random truncation the sum of P(K >= t) g_t?",
+            "Is the exact mean of plain random truncation the sum of P(K ≥ t) g_t?",
             THETA,
             subject=lambda: exact_mean(additive(), credits.random_truncation(ALIGN_LAW)),
             reference=lambda: inclusion_mean(ALIGN_LAW),
-            controls={"P(K > t) in place of P(K >= t)": lambda: inclusion_mean(np.append(ALIGN_LAW[1:], 0.0) + [0.4, 0, 0, 0])},
+            controls={"P(K > t) in place of P(K ≥ t)": lambda: inclusion_mean(np.append(ALIGN_LAW[1:], 0.0) + [0.4, 0, 0, 0])},
         ),
         has_mean(
             "sampled mean of the debiased form",
@@ -679,7 +681,7 @@ RANDOM_TRUNCATION = Claim(
             subject=lazily(lambda: sampled(additive(), named.random_truncation(ALIGN_LAW, debiased=True))),
             reference=lambda: gradient_of(additive()),
             margin=MARGIN_ADDITIVE / 5,
-            margin_from="0.01, 1 % of |grad J| = 1.19 on this chain; declared before sampling",
+            margin_from="0.01, 1 % of |∇J| = 1.19 on this chain; declared before sampling",
             kurtosis=kurtosis(1, rarest=0.1),
             printed=lazily(lambda: sampled(additive(), named.random_truncation(ALIGN_LAW))),
             controls={"divided by P(K = t)": lazily(lambda: sampled(additive(), Estimator("m", _divided_by_mass())))},
@@ -728,7 +730,7 @@ BASELINE = Claim(
     chapter=CHAPTER,
     paper="DDPO code",
     about="code",
-    source="ddpo-pytorch and TRL <= 0.23, advantage normalisation",
+    source="ddpo-pytorch and TRL ≤ 0.23, advantage normalisation",
     title="A batch-mean baseline that includes the sample itself shrinks the policy gradient by 1 - 1/N",
     statement=r"Subtracting the mean reward of the batch, or of the prompt's group of $N$ samples, leaves the policy "
     "gradient unbiased.",
@@ -775,7 +777,7 @@ LOG_PROB_MEAN = Claim(
     chapter=CHAPTER,
     paper="DDPO code",
     about="code",
-    source="ddpo-pytorch, ddim_with_logprob; TRL <= 0.23, modeling_sd_base; RLR code",
+    source="ddpo-pytorch, ddim_with_logprob; TRL ≤ 0.23, modeling_sd_base; RLR code",
     title="Log-probabilities averaged over dimensions give 1/d of the policy gradient",
     statement=r"The step's log-probability is the *mean* over the latent's $d$ coordinates of the Gaussian "
     "log-densities.",
@@ -873,7 +875,7 @@ KL_REGULARISED = Claim(
                 subject=lazily(lambda e=estimator: penalised(e)),
                 reference=penalised_gradient,
                 margin=2 * MARGIN_BILINEAR,
-                margin_from="0.04, 5 % of |grad J| = 0.83 with the penalty; declared before sampling",
+                margin_from="0.04, 5 % of |∇J| = 0.83 with the penalty; declared before sampling",
                 kurtosis=degree,
                 controls={
                     "no direct gradient of the KL": lazily(lambda e=estimator: penalised(e, black_box=True)),

@@ -77,24 +77,28 @@ POSTERIOR_MEAN = Claim(
     chapter=CHAPTER,
     paper="SFT-PG",
     source="SFT-PG, eq. (2)",
-    title="The posterior mean's coefficient of x_0 carries the wrong beta",
+    title="The posterior mean's coefficient of x₀ carries the wrong β",
     statement=r"$\tilde\mu_{t+1}(x_{t+1}, x_0) = \frac{\sqrt{\bar\alpha_t}\,\beta_t}{1 - \bar\alpha_{t+1}}\,x_0 + "
     r"\frac{\sqrt{\alpha_{t+1}}\,(1 - \bar\alpha_t)}{1 - \bar\alpha_{t+1}}\,x_{t+1}$, with $\alpha_{t+1} = 1 - "
     r"\beta_{t+1}$.",
     printed="holds-corrected",
     corrected=r"The numerator of the first coefficient is $\sqrt{\bar\alpha_t}\,\beta_{t+1}$.",
-    why="The noise between x_t and x_{t+1} has variance beta_{t+1} under the paper's own definition of alpha. For a "
+    why=r"The noise between $x_t$ and $x_{t+1}$ has variance $\beta_{t+1}$ under the paper's own definition of $\alpha$. For a "
     "constant schedule the slip is invisible.",
     derivation="ddpm.md#the-posterior-mean",
     checks=(
         equals(
-            "coefficient of x_0",
+            "coefficient of x₀",
             "For beta = (0.1, 0.3, 0.2), is the coefficient that of conditioning the joint Gaussian?",
             ("t = 1", "t = 2"),
             subject=lambda: ddpm.ddpm_posterior_mean_coefficients(NoiseSchedule(BETAS))[0][1:],
             reference=conditioned_coefficients,
             printed=lambda: printed_coefficients(1),
-            controls={"coefficient of x_t": lambda: ddpm.ddpm_posterior_mean_coefficients(NoiseSchedule(BETAS))[1][1:]},
+            controls={
+                "coefficient of the other variable": lambda: ddpm.ddpm_posterior_mean_coefficients(
+                    NoiseSchedule(BETAS)
+                )[1][1:]
+            },
         ),
     ),
 )
@@ -129,7 +133,7 @@ VARIANCE_CHOICE = Claim(
     checks=(
         equals(
             "ratio to the exact variance",
-            "Is beta over the exact variance one at s = 1, and beta-tilde over it one as s -> 0, at t = 2, 7, 20?",
+            "Is beta over the exact variance one at s = 1, and beta-tilde over it one as s → 0, at t = 2, 7, 20?",
             tuple(f"{name}, t = {t}" for name in ("beta, s = 1", "beta-tilde, s = 1e-8") for t in (2, 7, 20)),
             subject=lambda: np.concatenate([ratio_to_exact(1.0, "beta"), ratio_to_exact(1e-16, "posterior")]),
             reference=lambda: np.ones(6),
@@ -137,7 +141,7 @@ VARIANCE_CHOICE = Claim(
                 "choices swapped": lambda: np.concatenate(
                     [ratio_to_exact(1.0, "posterior"), ratio_to_exact(1e-16, "beta")]
                 ),
-                "s^2 = 1/4 for both": lambda: np.concatenate(
+                "s² = 1/4 for both": lambda: np.concatenate(
                     [ratio_to_exact(0.25, "beta"), ratio_to_exact(0.25, "posterior")]
                 ),
             },
@@ -204,7 +208,7 @@ ANCESTRAL_LAW = Claim(
         has_mean(
             "simulated moments",
             "Do samples of the torch sampler (T = 20, beta) have the exact first and second moments?",
-            ("E x", "E x^2"),
+            ("E x", "E x²"),
             subject=lambda stream: moments_of()(stream),
             reference=exact_moments,
             margin=0.005,
@@ -218,7 +222,7 @@ ANCESTRAL_LAW = Claim(
         equals(
             "brute force",
             "Is the closed recursion the law that composing 20 affine maps gives, for both data laws?",
-            tuple(f"{what}, s^2 = {v:g}" for v, _ in CASES for what in ("mean", "variance")),
+            tuple(f"{what}, s² = {v:g}" for v, _ in CASES for what in ("mean", "variance")),
             subject=lambda: np.concatenate([_law_numbers(ddpm.ancestral_law(data(v, m), schedule())) for v, m in CASES]),
             reference=lambda: np.concatenate([_law_numbers(_composed(v, m)) for v, m in CASES]),
             controls={
@@ -320,14 +324,14 @@ PATH_KL = Claim(
         r"\ge \mathrm{KL}(q_0 \,\|\, p_0)$."
     ),
     printed="holds",
-    why="With the exact score the step means agree for every x_t, so only variances remain; forgetting the path cannot "
+    why="With the exact score the step means agree for every state, so only variances remain; forgetting the path cannot "
     "increase a divergence.",
     derivation="ddpm.md#the-path-kl",
     checks=(
         equals(
             "against joint Gaussians",
             "Is the decomposition the KL of the joint laws of all 11 states, built by matrices?",
-            tuple(f"s^2 = {v:g}, m = {m:g}" for v, m in CASES),
+            tuple(f"s² = {v:g}, m = {m:g}" for v, m in CASES),
             subject=lambda: np.array([decomposed_kl(v, m) for v, m in CASES]),
             reference=lambda: np.array([joint_kl(v, m) for v, m in CASES]),
             controls={
@@ -338,7 +342,7 @@ PATH_KL = Claim(
         at_least(
             "path above marginal",
             "Is the path KL at least the marginal KL of the output, for T = 20, 100, 1000?",
-            tuple(f"s^2 = {v:g}, T = {n}" for v, _ in CASES for n in (20, 100, 1000)),
+            tuple(f"s² = {v:g}, T = {n}" for v, _ in CASES for n in (20, 100, 1000)),
             subject=lambda: _path_and_marginal(),
             controls={"order reversed": lambda: _path_and_marginal()[::-1]},
         ),
@@ -375,13 +379,13 @@ ELBO = Claim(
     statement=r"$-\mathrm{ELBO} = H(q_0) + \mathrm{KL}(q_{0:T} \,\|\, p_{0:T}) \ge -\mathbb{E}_{q_0} \log p_0(x_0) = "
     r"H(q_0) + \mathrm{KL}(q_0 \,\|\, p_0)$.",
     printed="holds",
-    why="The bound is loose by what the path says beyond its end: of order 1/T against 1/T^2.",
+    why="The bound is loose by what the path says beyond its end: of order 1/T against 1/T².",
     derivation="ddpm.md#the-path-kl",
     checks=(
         equals(
             "cross-entropy by quadrature",
-            "Is the negative ELBO less the path's excess the cross-entropy -E log p_0, integrated on a grid?",
-            tuple(f"s^2 = {v:g}" for v, _ in CASES),
+            "Is the negative ELBO less the path's excess the cross-entropy -E log p₀, integrated on a grid?",
+            tuple(f"s² = {v:g}" for v, _ in CASES),
             subject=lambda: np.array(
                 [-ddpm.elbo(data(v, m), schedule()) - path_total(v, m) + marginal_kl(v, m) for v, m in CASES]
             ),
@@ -438,28 +442,28 @@ LIMITS = Claim(
     chapter=CHAPTER,
     paper="verifine",
     source="derived in docs/ddpm.md; sharpens SFT-PG, section 3, and Generative bilevel, section 2",
-    title="With the exact score the path KL falls like 1/T and the marginal KL like 1/T^2, with known constants",
+    title="With the exact score the path KL falls like 1/T and the marginal KL like 1/T², with known constants",
     statement=(
         r"For the VP-linear schedule with $\sigma_t^2 = \beta_t$: $T \cdot \mathrm{KL}_{\mathrm{path}} \to \int_0^1 "
         r"\tfrac14 \big(\tfrac{\beta \bar\alpha (1 - s^2)}{D}\big)^2 du$ and $T (V_0 - s^2) \to s^4 (1 - s^2) \int_0^1 "
         r"\tfrac{\beta^2 \bar\alpha^2}{D^3} du$, both less the fixed share of the wrong prior."
     ),
     printed="holds",
-    why="The error of a step's variance is of order 1/T^2 relative, and there are T of them: first order in the law, "
+    why="The error of a step's variance is of order 1/T² relative, and there are T of them: first order in the law, "
     "second in its divergence.",
     derivation="ddpm.md#many-steps",
     checks=(
         equals(
             "constants",
             "Do the exact sums at T = 2000, 4000, 8000, extrapolated, meet the integrals?",
-            tuple(f"{what}, s^2 = {v:g}" for v, _ in CASES for what in ("T path KL", "T (V - s^2)")),
+            tuple(f"{what}, s² = {v:g}" for v, _ in CASES for what in ("T path KL", "T (V - s²)")),
             subject=lambda: np.concatenate([scaled_quantities(v) for v, _ in CASES]),
             reference=lambda: np.concatenate([limits(v) for v, _ in CASES]),
             tolerance=2e-7,
             margin_from="2e-7 relative: what two rounds of extrapolation leave",
             controls={
                 "1/2 in place of 1/4": lambda: np.concatenate([limits(v, 2.0) for v, _ in CASES]),
-                "rate 1/T^2": lambda: np.concatenate([scaled_quantities(v, 2) for v, _ in CASES]),
+                "rate 1/T²": lambda: np.concatenate([scaled_quantities(v, 2) for v, _ in CASES]),
             },
         ),
     ),
@@ -525,12 +529,12 @@ POSTERIOR_VARIANCE = Claim(
     checks=(
         equals(
             "limit",
-            "Do the exact sums at two and four million steps, extrapolated, meet gamma/2 for three data variances?",
-            tuple(f"s^2 = {v:g}" for v in (0.25, 1.0, 4.0)),
+            "Do the exact sums at two and four million steps, extrapolated, meet γ/2 for three data variances?",
+            tuple(f"s² = {v:g}" for v in (0.25, 1.0, 4.0)),
             subject=lambda: np.array([posterior_limit(v) for v in (0.25, 1.0, 4.0)]),
             reference=lambda: np.full(3, 0.5 * np.euler_gamma),
             tolerance=1e-5,
-            margin_from="1e-5: terms of order (log T / T)^2 and rounding of four million summands",
+            margin_from="1e-5: terms of order (log T / T)² and rounding of four million summands",
             printed=lambda: np.array(
                 [float(ddpm.path_kl(data(v), schedule(4000), "beta").steps[1:].sum()) for v in (0.25, 1.0, 4.0)]
             ),
@@ -644,7 +648,7 @@ DDIM_SCHEDULE = Claim(
     chapter=CHAPTER,
     paper="Generative bilevel",
     source="Generative bilevel, eq. (16) and section 5 (what schedule learning should find); derived in docs/ddpm.md",
-    title="The best few-step DDIM schedule for N(0, s^2) has equal angles: the cosine schedule for s = 1 only",
+    title="The best few-step DDIM schedule for N(0, s²) has equal angles: the cosine schedule for s = 1 only",
     statement=(
         r"Among schedules that end at $\bar\alpha = 0$, $\bar\alpha_i = \big(1 + s^2 \tan^2 \tfrac{\pi i}{2S}\big)^{-1}$ "
         r"minimises $W_2$ of $S$-step deterministic DDIM, with $W_2^2 = s^2 \big(1 - \cos^S \tfrac{\pi}{2S}\big)^2$; for "
@@ -656,7 +660,7 @@ DDIM_SCHEDULE = Claim(
     checks=(
         equals(
             "value",
-            "Is W2^2 of the equal-angle schedule, by the recursion, the closed value?",
+            "Is W₂² of the equal-angle schedule, by the recursion, the closed value?",
             tuple(f"s = {s:g}, S = {n}" for s, n in OPTIMAL_CELLS),
             subject=lambda: np.array([schedule_w2(s, ddpm.optimal_ddim_schedule(s, n)) for s, n in OPTIMAL_CELLS]),
             reference=lambda: np.array([ddpm.optimal_ddim_w2_squared(s, n) for s, n in OPTIMAL_CELLS]),
@@ -695,10 +699,10 @@ def _schedule_figure() -> Figure:
         title="Optimal ten-step DDIM schedules",
         caption="The narrower the data, the longer the schedule should stay near the clean end: one schedule cannot be "
         "best for data whose scales differ.",
-        alt="Five descending curves of alpha-bar against the fraction of steps; smaller s stays high longer, larger s "
+        alt="Five descending curves of ᾱ against the fraction of steps; smaller s stays high longer, larger s "
         "falls sooner; s = 1 is the cosine schedule.",
         x_label="fraction of the steps",
-        y_label="alpha-bar",
+        y_label="ᾱ",
         series=series,
     )
 
@@ -757,15 +761,15 @@ SCORE_FLOOR = Claim(
     checks=(
         equals(
             "floor",
-            "Is the closed floor the conditional variance of the noise given x_t, from the joint Gaussian?",
-            tuple(f"alpha_bar = {a:g}, s^2 = {v:g}" for a in SCORE_LEVELS for v, _ in CASES),
+            "Is the closed floor the conditional variance of the noise given the noised state, from the joint Gaussian?",
+            tuple(f"ᾱ = {a:g}, s² = {v:g}" for a in SCORE_LEVELS for v, _ in CASES),
             subject=lambda: np.array(
                 [ddpm.minimal_score_matching_loss(data(v), [a])[0] for a in SCORE_LEVELS for v, _ in CASES]
             ),
             reference=lambda: np.array([floor_by_conditioning(a, v) for a in SCORE_LEVELS for v, _ in CASES]),
             controls={
                 "zero": lambda: np.zeros(6),
-                "noise share 1 - alpha_bar": lambda: np.repeat(1 - SCORE_LEVELS, 2),
+                "noise share 1 - ᾱ": lambda: np.repeat(1 - SCORE_LEVELS, 2),
             },
         ),
     ),
@@ -839,7 +843,7 @@ MIXTURE_SCORE = Claim(
         equals(
             "Tweedie",
             "Is Tweedie's formula the mean of the components' own posterior means?",
-            tuple(f"alpha_bar = {a:g}, point {i}, x{j}" for a in SCORE_LEVELS for i in (1, 2, 3) for j in (1, 2)),
+            tuple(f"ᾱ = {a:g}, point {i}, x{j}" for a in SCORE_LEVELS for i in (1, 2, 3) for j in (1, 2)),
             subject=tweedie,
             reference=posterior_means,
             controls={"sign of the score flipped": lambda: tweedie(-1.0)},
@@ -891,7 +895,7 @@ RELEASED_SCHEDULE = Claim(
     checks=(
         equals(
             "gradients in start and end",
-            "Are the gradients of alpha_bar those of Chen's definition at (0.2, 0.9, 2, 0.02)?",
+            "Are the gradients of ᾱ those of Chen's definition at (0.2, 0.9, 2, 0.02)?",
             tuple(f"d/d{name}, t = {t}" for name in ("start", "end") for t in (250, 500, 750)),
             subject=lambda: schedule_gradients("chen"),
             reference=chen_differences,

@@ -109,14 +109,14 @@ FALSE_ALARM = Claim(
     checks=(
         _check(
             "false refutations",
-            "How often does a check at alpha = 0.05 refute a true mean, over all looks and both coordinates?",
+            "How often does a check at α = 0.05 refute a true mean, over all looks and both coordinates?",
             Proportion("refuted", ALPHA, below=True),
             ours(),
             {"repeated 95 % CLT intervals": repeated_clt},
         ),
         _check(
             "false verifications",
-            "How often does a check at alpha = 0.05 verify a mean that is off by 1.05 margins?",
+            "How often does a check at α = 0.05 verify a mean that is off by 1.05 margins?",
             Proportion("verified", ALPHA, below=True),
             ours(bias=0.21, margin=0.2),
             {"a mean that is off by nothing": ours(bias=0.0, margin=0.5)},

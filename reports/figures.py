@@ -21,7 +21,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Canvas
 from matplotlib.mathtext import MathTextParser
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 from claims.records import CheckEvidence, Figure, Reading, Series
 from reports.markup import MATHS
@@ -157,7 +157,13 @@ def _draw_plot(canvas: Canvas, figure: Figure) -> None:
     for axis, scale in ((axes.xaxis, figure.x_scale), (axes.yaxis, figure.y_scale)):
         if scale == "log":
             axis.set_minor_locator(NullLocator())
+            low, high = axis.get_view_interval()
+            if high < 20 * low:  # powers of ten alone would leave one tick or none
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     _legend_and_margins(canvas, axes)
+    for series in figure.series:
+        _draw_labels(axes, series)
 
 
 def _draw_series(axes: Axes, series: Series, i: int, total: int) -> None:
@@ -194,8 +200,16 @@ def _draw_series(axes: Axes, series: Series, i: int, total: int) -> None:
             axes.errorbar(series.x, series.y, yerr=(below, above), fmt="none", ecolor=colour, elinewidth=1)
         else:
             axes.fill_between(series.x, series.lower, series.upper, color=colour, alpha=0.18, linewidth=0)
+
+
+def _draw_labels(axes: Axes, series: Series) -> None:
+    """Write the points' labels, towards the middle of the axes so that none is cut off."""
     for x, y, text in zip(series.x, series.y, series.labels, strict=False):
-        axes.annotate(plot_text(text), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=9.5, color=INK)
+        across = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0]
+        side, shift = ("right", -5) if across > 0.6 else ("left", 5)
+        axes.annotate(
+            plot_text(text), (x, y), xytext=(shift, 4), textcoords="offset points", ha=side, fontsize=9.5, color=INK
+        )
 
 
 def _draw_bars(axes: Axes, series: Series, i: int, total: int, label: str | None) -> None:

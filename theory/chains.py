@@ -15,9 +15,9 @@ rational numbers.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,10 +29,9 @@ _MAX_NODES = 200_000
 _to_fraction = np.frompyfunc(Fraction, 1, 1)
 
 
-def _convert(owner: object) -> None:
-    """Turn every array field of a frozen dataclass into float64, or into Fractions if any entry is a Python object."""
-    names = [f.name for f in fields(cast(Any, owner)) if getattr(owner, f.name) is not None]
-    arrays = {name: np.asarray(getattr(owner, name)) for name in names}
+def _assign(owner: object, given: dict[str, ArrayLike]) -> None:
+    """Set fields of a frozen dataclass to arrays: float64, or Fractions if any entry of any of them is an object."""
+    arrays = {name: np.asarray(value) for name, value in given.items()}
     exact = any(array.dtype == object for array in arrays.values())
     for name, array in arrays.items():
         finite = np.isfinite(array.astype(np.float64))
@@ -76,8 +75,19 @@ class LinearGaussianChain:
     cov_T: Array
     N: Array | None = None
 
-    def __post_init__(self) -> None:
-        _convert(self)
+    def __init__(
+        self,
+        A: ArrayLike,
+        B: ArrayLike,
+        c: ArrayLike,
+        std: ArrayLike,
+        theta: ArrayLike,
+        mean_T: ArrayLike,
+        cov_T: ArrayLike,
+        N: ArrayLike | None = None,
+    ) -> None:
+        given = {"A": A, "B": B, "c": c, "std": std, "theta": theta, "mean_T": mean_T, "cov_T": cov_T}
+        _assign(self, given if N is None else {**given, "N": N})
         if self.B.ndim != 3 or 0 in self.B.shape:
             raise ValueError(f"B has shape {self.B.shape}; it must have shape (T, d, p), none of them zero")
         steps, dim, count = self.B.shape
@@ -136,8 +146,8 @@ class QuadraticReward:
     linear: Array
     quadratic: Array
 
-    def __post_init__(self) -> None:
-        _convert(self)
+    def __init__(self, constant: ArrayLike, linear: ArrayLike, quadratic: ArrayLike) -> None:
+        _assign(self, {"constant": constant, "linear": linear, "quadratic": quadratic})
         _check_shape("constant", self.constant, ())
         if self.linear.ndim != 1:
             raise ValueError(f"linear has shape {self.linear.shape}; it must have shape (d,)")
@@ -159,8 +169,8 @@ class KLPenalty:
     strength: Array
     reference_theta: Array
 
-    def __post_init__(self) -> None:
-        _convert(self)
+    def __init__(self, strength: ArrayLike, reference_theta: ArrayLike) -> None:
+        _assign(self, {"strength": strength, "reference_theta": reference_theta})
         _check_shape("strength", self.strength, ())
         if self.strength < 0:
             raise ValueError(f"strength is {self.strength[()]}; it must be at least 0")

@@ -45,7 +45,8 @@ def step_gradients(
     densities = [np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)]  # of x_T, x_{T-1}, ..., x_1
     for kernel in kernels[:0:-1]:
         densities.append(kernel.T @ densities[-1])
-    value, rows = reward(x), []
+    value = reward(x)
+    rows: list[Array] = []
     for (mean, slopes), std, kernel, density in zip(steps, stds, kernels, densities[::-1], strict=True):
         # d/dm of the integral of N(y; m, std^2) V(y): the score of the location.
         derivative = (kernel * (x[None, :] - mean[:, None])) @ value / std**2
