@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # Before NumPy and torch load: one thread per worker, or the workers fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,8 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all errors of this program are; its subparsers inherit that."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {_one_line(message)}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="verifine",
         description="Verify what papers and code claim about reward fine-tuning of diffusion models.",
         epilog="Exit status: 0 every verdict is the recorded one, 1 some verdict differs or is inconclusive, 2 usage.",
@@ -123,12 +131,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from claims.records import Run, from_json
-    from claims.run import load
+    from claims.records import Run
+    from claims.run import load, read
 
     if options.run.is_file():
-        whole = from_json(Run, options.run.read_text(encoding="utf-8"), str(options.run))
-        folder = options.out or options.run.parent
+        whole, folder = read(Run, options.run), options.out or options.run.parent
     else:
         whole, folder = load(options.run), options.out or options.run
     _check_writable(folder)
@@ -157,8 +164,9 @@ def _claims(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from claims.records import Evidence, from_json
+    from claims.records import Evidence
     from claims.registry import select
+    from claims.run import read
 
     (claim,) = select([options.claim], [])
     record = claim.record()
@@ -172,7 +180,7 @@ def _show(options: argparse.Namespace) -> int:
     if not file.exists():
         print(f"\nNo evidence in {options.run} yet: verifine verify --claim {record.id} --out {options.run}")
         return 0
-    evidence = from_json(Evidence, file.read_text(encoding="utf-8"), str(file))
+    evidence = read(Evidence, file)
     print(f"\nLast evidence ({file}): {_summary_line(evidence)}")
     for check in evidence.checks:
         print(f"\n  {check.name} ({check.kind}): {check.question}\n  margin: {check.margin_from}")
@@ -240,7 +248,7 @@ def _jobs(text: str) -> int:
     return int(text)
 
 
-def _one_line(fault: Exception) -> str:
+def _one_line(fault: Exception | str) -> str:
     return " ".join(str(fault).split())
 
 

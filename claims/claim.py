@@ -99,7 +99,7 @@ class Claim:
 
     def record(self) -> Statement:
         """Return the claim without its code."""
-        kinds = tuple(dict.fromkeys(check.kind for check in self.checks))
+        kinds: tuple[Kind, ...] = tuple(dict.fromkeys(check.kind for check in self.checks))
         controls = tuple(dict.fromkeys(name for check in self.checks for name in check.controls))
         return Statement(
             self.id, self.chapter, self.paper, self.about, self.source, self.title, self.statement, self.printed,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +13,14 @@ from torch import Tensor
 
 from algorithms import credit as credits
 from algorithms import estimators as named
-from algorithms.baselines import LeaveOneOut
+from algorithms.baselines import Baseline, LeaveOneOut
 from algorithms.chain import Chain, Condition, ParameterNoise, Params, positive_std
 from algorithms.credit import Credit
 from algorithms.estimators import Estimator, antithetic, with_baseline
 from algorithms.objective import Objective, kl_regularised
 from claims import variances
 from claims.claim import Claim
-from claims.judges import Sampler, equals, has_mean
+from claims.judges import Sampler, Values, equals, has_mean
 from claims.learned import LEARNED
 from claims.records import Figure
 from theory import chains, instances, variance
@@ -57,9 +59,9 @@ def step_gradients_of(problem: Problem) -> np.ndarray:
     return chains.step_gradients(problem.exact_chain, problem.exact_reward)
 
 
-def exact_mean(problem: Problem, credit: Credit, **options: object) -> np.ndarray:
+def exact_mean(problem: Problem, credit: Credit, **options: Any) -> np.ndarray:
     """The exact mean of a credit matrix's estimate."""
-    return credit_moments(problem.exact_chain, problem.exact_reward, credit.outcomes, **options).mean  # type: ignore[arg-type]
+    return credit_moments(problem.exact_chain, problem.exact_reward, credit.outcomes, **options).mean
 
 
 def sampled(problem: Problem, estimator: Estimator) -> Sampler:
@@ -67,9 +69,9 @@ def sampled(problem: Problem, estimator: Estimator) -> Sampler:
     return gradients(problem.chain, problem.params, problem.objective, estimator)
 
 
-def lazily(make: object) -> Sampler:
+def lazily(make: Callable[[], Sampler]) -> Sampler:
     """A sampler built only when it is used, so that listing claims costs nothing."""
-    return lambda stream: make()(stream)  # type: ignore[operator]
+    return lambda stream: make()(stream)
 
 
 def both(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -79,11 +81,11 @@ def both(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 BOTH = ("θ₁ (additive)", "θ₂ (additive)", "θ₁ (bilinear)", "θ₂ (bilinear)")
 
 
-def exact_on_both(credit_for: object, **options: object) -> object:
+def exact_on_both(credit_for: Callable[[int], Credit], **options: Any) -> Values:
     """Exact means on the additive and on the bilinear chain, four numbers; `credit_for(T)` is the matrix."""
     return lambda: both(
-        exact_mean(additive(), credit_for(4), **options),  # type: ignore[operator]
-        exact_mean(bilinear(), credit_for(3), **options),  # type: ignore[operator]
+        exact_mean(additive(), credit_for(4), **options),
+        exact_mean(bilinear(), credit_for(3), **options),
     )
 
 
@@ -131,7 +133,7 @@ CREDIT_ROWS = Claim(
         equals(
             "every source agrees",
             "Is the exact mean of each single h[t,k] on the bilinear chain the same for all k?",
-            tuple(f"t={t}, k={k}, θ{"₁₂"[i]}" for t in (1, 2, 3) for k in range(t + 1) for i in (0, 1)),
+            tuple(f"t={t}, k={k}, {name}" for t in (1, 2, 3) for k in range(t + 1) for name in THETA),
             subject=lambda: _rows(lambda mean: mean),
             reference=lambda: _rows(lambda mean: np.repeat(step_gradients_of(bilinear())[:, None], 4, 1)),
             controls={
@@ -166,9 +168,9 @@ CREDIT_ROWS = Claim(
 )
 
 
-def _rows(change: object) -> np.ndarray:
+def _rows(change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Means of all h[t, k] with k <= t on BLN, flattened, after `change` of the (T, T + 1, p) array."""
-    mean = change(row_moments(bilinear().exact_chain, bilinear().exact_reward).mean)  # type: ignore[operator]
+    mean = change(row_moments(bilinear().exact_chain, bilinear().exact_reward).mean)
     return np.concatenate([mean[t, : t + 2].ravel() for t in range(3)])
 
 
@@ -306,9 +308,9 @@ HALF_ORDER = Claim(
 )
 
 
-def smoothed_gradient(**options: object) -> np.ndarray:
+def smoothed_gradient(**options: Any) -> np.ndarray:
     problem = bilinear()
-    rows = chains.smoothed_step_gradients(problem.exact_chain, problem.exact_reward, MU, **options)  # type: ignore[arg-type]
+    rows = chains.smoothed_step_gradients(problem.exact_chain, problem.exact_reward, MU, **options)
     return rows.sum(0)
 
 
@@ -405,15 +407,15 @@ def quartic_bias(factor: float) -> np.ndarray:
     return np.array([factor * QUARTIC["theta"] * QUARTIC["mu"] ** 2])
 
 
-def quartic_exact(kind: object) -> np.ndarray:
-    noisy = variance.smoothed_moment(4, QUARTIC["theta"], QUARTIC["mu"], QUARTIC["s"], kind)  # type: ignore[arg-type]
+def quartic_exact(kind: chains.Noise) -> np.ndarray:
+    noisy = variance.smoothed_moment(4, QUARTIC["theta"], QUARTIC["mu"], QUARTIC["s"], kind)
     plain = variance.smoothed_moment(4, QUARTIC["theta"], 0.0, QUARTIC["s"])
     return np.array([noisy.estimate - plain.derivative])
 
 
-def quartic_sampled(kind: object) -> Sampler:
+def quartic_sampled(kind: chains.Noise) -> Sampler:
     chain, params = one_step()
-    estimator = antithetic(named.zeroth_order(1, QUARTIC["mu"], kind), "parameters")  # type: ignore[arg-type]
+    estimator = antithetic(named.zeroth_order(1, QUARTIC["mu"], kind), "parameters")
     derivative = variance.smoothed_moment(4, QUARTIC["theta"], 0.0, QUARTIC["s"]).derivative
     return mapped(gradients(chain, params, Objective(Power(4)), estimator), lambda g: g - derivative)
 
@@ -719,9 +721,9 @@ class PeeksAhead:
         return 0.5 * returns
 
 
-def with_group_baseline(baseline: object) -> Sampler:
+def with_group_baseline(baseline: Baseline) -> Sampler:
     problem = additive()
-    estimator = with_baseline(named.policy_gradient(4), baseline)  # type: ignore[arg-type]
+    estimator = with_baseline(named.policy_gradient(4), baseline)
     return gradients(problem.chain, problem.params, problem.objective, estimator, group=GROUP)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from algorithms.chain import Params
 from algorithms.estimators import first_order
@@ -864,7 +865,7 @@ def schedule_gradients(form: Any, base: tuple[float, float] = (0.2, 0.9)) -> np.
 def chen_differences() -> np.ndarray:
     """The same for Chen's schedule by complex steps of its definition, written out here."""
 
-    def alpha_bar(start: complex, end: complex) -> np.ndarray:
+    def alpha_bar(start: complex, end: complex) -> NDArray[np.complex128]:
         u = np.arange(1001) / 1000
 
         def shape(y: Any) -> Any:

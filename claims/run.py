@@ -1,4 +1,8 @@
-"""One run: claims examined in parallel, evidence written claim by claim, resumable after a kill at any moment."""
+"""One run: claims examined in parallel, evidence written claim by claim, resumable after a kill at any moment.
+
+Workers measure and hand their evidence back; only the process that owns the run writes to its folder. So a worker
+that outlives a killed run spoils no later one, and a cluster's workers need not see the folder.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from claims.claim import PROFILES, Claim, Context, examine
 from claims.records import CorruptEvidence, Evidence, Provenance, Run, from_json, to_json, write_atomically
@@ -23,6 +28,8 @@ from verdicts.streams import Stream
 ALPHA = 1e-6  # error probability of a whole run, all claims together
 ROOMS = ("theory", "algorithms", "verdicts", "toy", "claims")
 LIBRARIES = ("numpy", "scipy", "torch", "joblib", "matplotlib")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,36 @@ def run(
 ) -> Run:
     """Examine `claims` and write their evidence under the run's folder; return the whole run.
 
-    Evidence that is already there is kept with `resume` if it comes from the same seed, profile and source code.
-    An interruption (Ctrl-C) is passed on after the provenance of the unfinished run has been written.
+    Evidence that is already there is kept with `resume` if it comes from the same seed, profile and source code, and
+    deleted otherwise. An interruption (Ctrl-C) is passed on after the provenance of the unfinished run has been written.
 
     Raises:
-        ValueError: if `resume` meets a run with another seed or profile.
+        ValueError: if `resume` meets a run with another seed or profile, or dask is not installed for a `cluster`.
         CorruptEvidence: if a file that should be resumed cannot be read.
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written or the cluster does not answer.
     """
+    if cluster is None:
+        return _run(claims, settings, jobs, resume, on_done, _in_parallel if jobs > 1 else _here)
+    with _connected(cluster) as cores:  # before anything is written or deleted
+        return _run(claims, settings, cores, resume, on_done, _in_parallel)
+
+
+Measure = Callable[[list[str], Settings, int], Iterator[Evidence]]
+
+
+def _run(
+    claims: tuple[Claim, ...],
+    settings: Settings,
+    jobs: int,
+    resume: bool,
+    on_done: Callable[[Evidence], None],
+    measure: Measure,
+) -> Run:
     settings.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     earlier = _resumable(settings) if resume else {}
-    if not resume:
-        for file in _evidence_files(settings.folder):
+    for file in _evidence_files(settings.folder):
+        if file.stem not in earlier:  # nothing that was not measured by this run may stand under its provenance
             file.unlink()
     done = {claim.id: earlier[claim.id] for claim in claims if claim.id in earlier}
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -81,8 +105,9 @@ def run(
     for evidence in done.values():
         on_done(evidence)
     try:
-        for evidence in _examined([c.id for c in claims if c.id not in done], settings, jobs, cluster):
+        for evidence in measure([c.id for c in claims if c.id not in done], settings, jobs):
             done[evidence.statement.id] = evidence
+            write_atomically(settings.folder / "claims" / f"{evidence.statement.id}.json", to_json(evidence))
             on_done(evidence)
     except BaseException:
         _write_provenance(settings.folder, provenance(False))
@@ -102,14 +127,28 @@ def load(folder: Path) -> Run:
     file = folder / "run.json"
     if not file.exists():
         raise ValueError(f"{folder} holds no run: there is no run.json in it")
-    provenance = from_json(Provenance, _read(file), str(file))
-    found = {e.statement.id: e for e in (_load_evidence(f) for f in _evidence_files(folder))}
+    provenance = read(Provenance, file)
+    found = {e.statement.id: e for e in (read(Evidence, f) for f in _evidence_files(folder))}
     order = [claim.id for claim in CLAIMS] + sorted(set(found) - set(BY_ID))
     return Run(provenance, tuple(found[i] for i in order if i in found))
 
 
+def read(kind: type[T], file: Path) -> T:
+    """Read one record from a file.
+
+    Raises:
+        CorruptEvidence: if the file does not hold such a record; the text names the file and the fault.
+        OSError: if it cannot be opened.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise CorruptEvidence(f"{file}: not text ({fault})") from None
+    return from_json(kind, text, str(file))
+
+
 def examine_by_id(claim_id: str, settings: Settings) -> Evidence:
-    """Examine one claim and write its evidence: the task that workers are handed.
+    """Examine one claim: the task that workers are handed.
 
     A failure of the claim's own code becomes evidence with an error text and an inconclusive verdict.
     """
@@ -121,31 +160,38 @@ def examine_by_id(claim_id: str, settings: Settings) -> Evidence:
     context = Context(Stream(settings.seed), 0.0, profile, settings.folder / "cache")
     began = time.perf_counter()
     try:
-        evidence = examine(claim, context, ledger(settings.alpha).spend)
+        return examine(claim, context, ledger(settings.alpha).spend)
     except Exception as fault:
         where = traceback.extract_tb(fault.__traceback__)[-1]
         error = f"{type(fault).__name__}: {fault} ({Path(where.filename).name}:{where.lineno})"
-        evidence = Evidence(claim.record(), "inconclusive", False, (), (), time.perf_counter() - began, error=error)
-    write_atomically(settings.folder / "claims" / f"{claim_id}.json", to_json(evidence))
-    return evidence
+        return Evidence(claim.record(), "inconclusive", False, (), (), time.perf_counter() - began, error=error)
 
 
-def _examined(ids: list[str], settings: Settings, jobs: int, cluster: str | None) -> Iterator[Evidence]:
-    """Yield evidence as it comes, from worker processes or from a Dask cluster."""
+def _here(ids: list[str], settings: Settings, jobs: int) -> Iterator[Evidence]:
+    """Yield evidence measured by this process."""
+    yield from (examine_by_id(i, settings) for i in ids)
+
+
+def _in_parallel(ids: list[str], settings: Settings, jobs: int) -> Iterator[Evidence]:
+    """Yield evidence as it comes from joblib's workers: processes of this machine, or the cluster connected to."""
     import joblib
 
+    parallel: Any = joblib.Parallel  # it has no types, and those guessed from its defaults are wrong
     tasks = (joblib.delayed(examine_by_id)(i, settings) for i in ids)
-    with contextlib.ExitStack() as stack:
-        if cluster is not None:
-            from dask.distributed import Client
+    yield from parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(tasks)
 
-            stack.enter_context(Client(cluster))
-            stack.enter_context(joblib.parallel_config(backend="dask"))
-        elif jobs == 1:
-            yield from (task(*arguments, **options) for task, arguments, options in tasks)
-            return
-        parallel = joblib.Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")
-        yield from parallel(tasks)
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[int]:
+    """Let joblib use the Dask cluster at `address`; give the number of its cores."""
+    import joblib
+
+    try:
+        from dask.distributed import Client
+    except ImportError:
+        raise ValueError("a cluster needs dask.distributed: install verifine[cluster]") from None
+    with Client(address) as client, joblib.parallel_config(backend="dask"):
+        yield sum(client.ncores().values())
 
 
 def _resumable(settings: Settings) -> dict[str, Evidence]:
@@ -153,7 +199,7 @@ def _resumable(settings: Settings) -> dict[str, Evidence]:
     file = settings.folder / "run.json"
     if not file.exists():
         return {}
-    found = from_json(Provenance, _read(file), str(file))
+    found = read(Provenance, file)
     for what, there, asked in (
         ("seed", found.seed, settings.seed),
         ("profile", found.profile, settings.profile),
@@ -163,23 +209,12 @@ def _resumable(settings: Settings) -> dict[str, Evidence]:
             raise ValueError(f"cannot resume {settings.folder}: it holds a run with {what} {there}, asked for {asked}")
     if found.versions.get("source") != source_digest():
         return {}
-    loaded = (_load_evidence(f) for f in _evidence_files(settings.folder))
+    loaded = (read(Evidence, f) for f in _evidence_files(settings.folder))
     return {e.statement.id: e for e in loaded if not e.error}
 
 
 def _evidence_files(folder: Path) -> list[Path]:
     return sorted((folder / "claims").glob("[!.]*.json"))
-
-
-def _load_evidence(file: Path) -> Evidence:
-    return from_json(Evidence, _read(file), str(file))
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as fault:
-        raise CorruptEvidence(f"{file}: not text ({fault})") from None
 
 
 def _write_provenance(folder: Path, provenance: Provenance) -> None:

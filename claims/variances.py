@@ -218,13 +218,13 @@ QUADRATIC_CASE = Claim(
     ),
 )
 
-QUADRATIC = {"value": 0.5, "gradient": np.array([1.0, -2.0]), "hessian": np.array([[1.0, 0.3], [0.3, -2.0]])}
+QUADRATIC: dict[str, Any] = {"value": 0.5, "gradient": np.array([1.0, -2.0]), "hessian": np.array([[1.0, 0.3], [0.3, -2.0]])}
 QUADRATIC_S, QUADRATIC_MU = 0.7, 0.4
 
 
 def _quadratic_zeroth(own_only: bool = False) -> np.ndarray:
     s = 1e-9 if own_only else QUADRATIC_S
-    return variance.quadratic_covariances(**QUADRATIC, s=s, mu=QUADRATIC_MU).zeroth_order  # type: ignore[arg-type]
+    return variance.quadratic_covariances(**QUADRATIC, s=s, mu=QUADRATIC_MU).zeroth_order
 
 
 def _polynomial_zeroth() -> np.ndarray:

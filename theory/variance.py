@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+from scipy.optimize import brentq
 
 from theory import checked
 
@@ -35,7 +35,7 @@ def _not_negative(name: str, value: float) -> None:
 
 
 def _root(excess: Callable[[float], float], low: float, high: float) -> float:
-    return float(cast(Any, brentq)(excess, low, high, xtol=1e-15, rtol=1e-15))
+    return brentq(excess, low, high, xtol=1e-15, rtol=1e-15)
 
 
 # --- the sine example --------------------------------------------------------------------------------------------
