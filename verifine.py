@@ -6,6 +6,7 @@ Exit status 0: every verdict is the recorded one; 1: some verdict differs or is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -105,19 +106,23 @@ def _verify(options: argparse.Namespace) -> int:
     settings = Settings(options.seed, options.profile, options.out)
     _check_writable(options.out)
     console = Console(stderr=True)
-    console.print(
-        f"verifine: {len(chosen)} claims, profile {options.profile}, seed {options.seed}, "
-        f"{options.cluster or f'{options.jobs} jobs'}, evidence in {options.out}"
-    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("measuring", total=len(chosen))
+    progress = Progress(*columns, console=console)
+    bar = progress.add_task("measuring", total=len(chosen))
+    with contextlib.ExitStack() as shown:
+
+        def on_start() -> None:
+            console.print(
+                f"verifine: {len(chosen)} claims, profile {options.profile}, seed {options.seed}, "
+                f"{options.cluster or f'{options.jobs} jobs'}, evidence in {options.out}"
+            )
+            shown.enter_context(progress)
 
         def on_done(evidence: Evidence) -> None:
             progress.console.print(_summary_line(evidence), highlight=False, markup=False)
             progress.advance(bar)
 
-        whole = run(chosen, settings, options.jobs, options.resume, on_done, options.cluster)
+        whole = run(chosen, settings, options.jobs, options.resume, on_start, on_done, options.cluster)
     off = [e for e in whole.evidence if not e.as_recorded]
     found = [r for e in whole.evidence for c in e.checks for r in c.readings if r.role == "control"]
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,10 +26,11 @@ from claims.learned import LEARNED
 from claims.records import Figure
 from theory import chains, instances, variance
 from theory.credit import credit_moments, row_moments
-from toy.experiments import gradients, mapped
+from toy.experiments import Block, generator, gradients, mapped
 from toy.linear_gaussian import LinearGaussian, Problem
 from toy.rewards import Power
 from verdicts.means import gaussian_polynomial_kurtosis as kurtosis
+from verdicts.streams import Stream
 
 CHAPTER = "Estimators"
 MARGIN_ADDITIVE = 0.05
@@ -128,7 +130,7 @@ CREDIT_ROWS = Claim(
     printed="holds",
     why="Given everything upstream of source k, each h is the same conditional derivative, written in another way. "
     "First order, half order, policy gradient, truncation and their mixtures differ in W only.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#unbiasedness",
     checks=(
         equals(
             "every source agrees",
@@ -213,7 +215,7 @@ FIRST_ORDER = Claim(
     "for differentiable rewards and chains with bounded gradients.",
     printed="holds",
     why="The law of the noise does not depend on the parameters, so derivative and expectation change places.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#unbiasedness",
     checks=(
         equals(
             "exact mean",
@@ -278,7 +280,7 @@ HALF_ORDER = Claim(
     ),
     why="The score belongs to the location of the density, not to its argument: the printed sign climbs down. It is no "
     "global sign, because in eq. (11) the first-order term keeps its own.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#sources-of-credit",
     checks=(
         equals(
             "exact mean",
@@ -349,7 +351,7 @@ ZEROTH_ORDER = Claim(
         r"\mathbf{z}_T)$; the bias for $J$ is $O(\mu^2)$ and vanishes for all $\mu$ only if $J$ is, e.g., quadratic."
     ),
     why="The perturbed chain is another chain: its objective is the average of J over the perturbations.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#unbiasedness",
     checks=(
         equals(
             "exact mean",
@@ -431,7 +433,7 @@ QUARTIC_BIAS = Claim(
     corrected=r"Its bias is $12\,\theta\mu^2$ with Gaussian and $4\,\theta\mu^2$ with Rademacher parameter noise, for "
     "every $s$.",
     why="Take the fourth power of θ + μξ + sε, multiply by ξ/μ and average: E ξ⁴ = 3 for a Gaussian, 1 for a sign.",
-    derivation="variance.md",
+    derivation="variance.md#smoothing",
     checks=(
         equals(
             "exact bias",
@@ -482,7 +484,7 @@ ZERO_BIAS = Claim(
     r"\nabla J$ for every $\mu$; an additive linear-Gaussian chain with a quadratic reward is such a case.",
     printed="holds",
     why="A quadratic's gradient is linear, and the noise has mean zero.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#unbiasedness",
     checks=(
         equals(
             "exact mean at three μ",
@@ -552,7 +554,7 @@ TRUNCATION = Claim(
     r"\theta}$.",
     why="Eq. (14) keeps the steps 1..T', so T'-1 and T' are not missing. On LG1 with T' = 2 the printed sum is the "
     "whole gradient, as if the truncated estimate were zero on average.",
-    derivation="variance.md",
+    derivation="credit-matrix.md#unbiasedness",
     checks=(
         equals(
             "exact bias",
@@ -620,7 +622,7 @@ JACOBIAN_ORDER = Claim(
     r"\tfrac{dR}{d\mathbf{x}_0}$",
     why="The chain rule puts the parameter derivative last. As printed the shapes fit only if dim θ = dim x, and "
     "even then the value is wrong.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#the-backward-sweep",
     checks=(
         equals(
             "expected gradient",
@@ -657,7 +659,7 @@ RANDOM_TRUNCATION = Claim(
     corrected=r"Its mean is $\sum_t P(K \ge t)\,g_t$. Dividing step $t$ by $P(K \ge t)$ makes it unbiased, provided "
     r"$P(K \ge T) > 0$.",
     why="Early steps are reached rarely, so they are under-paid; a law of K that never reaches T cannot be debiased.",
-    derivation="variance.md",
+    derivation="variance.md#random-truncation",
     checks=(
         equals(
             "exact mean of the debiased form",
@@ -696,6 +698,118 @@ def _divided_by_mass() -> Credit:
     plain = credits.random_truncation(ALIGN_LAW)
     return Credit(plain.matrices / ALIGN_LAW[:, None], plain.probabilities)
 
+
+DIRECT = 1.2  # the scheduler's own slope on x_t; the network supplies the rest of the step's matrix
+
+
+def kept() -> np.ndarray:
+    """P(K >= t) for t = 1..4: how often step t's network output keeps its graph."""
+    return ALIGN_LAW[::-1].cumsum()[::-1]
+
+
+def _split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Direct slopes, network slopes, network inputs of LG1, and the mean costate at x_0."""
+    chain, reward = additive().exact_chain, additive().exact_reward
+    direct = np.tile(DIRECT * np.eye(2), (4, 1, 1))
+    means, _ = chains.marginals(chain)
+    return direct, chain.A - direct, chain.B, reward.linear + reward.quadratic @ means[0]
+
+
+def per_step_mean() -> np.ndarray:
+    return variance.independent_truncation_parts(*_split(), kept()).sum(0)
+
+
+def enumerated_mean(keep: np.ndarray) -> np.ndarray:
+    """The same by going through all 16 patterns of cuts, each with its probability and its own product of Jacobians."""
+    direct, network, inputs, costate = _split()
+    total = np.zeros(2)
+    for pattern in itertools.product((0, 1), repeat=4):
+        probability = np.prod([q if bit else 1 - q for bit, q in zip(pattern, keep, strict=True)])
+        z = costate
+        for t, bit in enumerate(pattern):
+            total += probability * bit * inputs[t].T @ z
+            z = (direct[t] + bit * network[t]).T @ z
+    return total
+
+
+def cut_per_step(once: bool = False, size: int = 1 << 15) -> Sampler:
+    """Gradients by plain autograd when network outputs are detached at random, step by step or once per trajectory."""
+    problem = additive()
+    chain, theta = problem.chain, problem.params["theta"]
+
+    def sampler(stream: Stream) -> Block:
+        def block(index: int) -> np.ndarray:
+            source = generator(stream, index)
+            noise = named.first_order(4).draw(chain, problem.params, size, source)
+            leaf = theta.expand(size, 2).clone().requires_grad_()
+            uniform = torch.rand(1 if once else 4, size, 1, generator=source, dtype=torch.float64).expand(4, size, 1)
+            x = chain.initial(noise.initial)
+            for t in range(4, 0, -1):
+                full = x @ chain.slope[t - 1].T + leaf @ chain.push[t - 1].T + chain.offset[t - 1]
+                output = full - DIRECT * x
+                output = torch.where(uniform[t - 1] < kept()[t - 1], output, output.detach())
+                x = DIRECT * x + output + chain.std(t) * noise.steps[t - 1]
+            (gradient,) = torch.autograd.grad(problem.objective.reward(x, None).sum(), leaf)
+            return gradient.numpy()
+
+        return block
+
+    return sampler
+
+
+def once_mean() -> np.ndarray:
+    """Mean when one draw per trajectory decides: the steps up to K keep their graph, the others are cut."""
+    direct, network, inputs, costate = _split()
+    total, z = np.zeros(2), costate
+    for t in range(4):
+        total += kept()[t] * inputs[t].T @ z
+        z = (direct[t] + network[t]).T @ z
+    return total
+
+
+PER_STEP_TRUNCATION = Claim(
+    id="estimators.truncation-per-step",
+    chapter=CHAPTER,
+    paper="TRL code",
+    about="code",
+    source="TRL ≤ 0.23, alignprop pipeline step in modeling_sd_base",
+    title="Drawing the truncation step inside the denoising loop is not randomised truncation",
+    statement="At every denoising step a fresh random step is drawn and the network's output detached before it: "
+    "randomised truncation, as one draw per trajectory would be.",
+    printed="holds-corrected",
+    corrected=(
+        r"With $q_t$ the probability that step $t$'s output is kept, $r_t$ the scheduler's direct slope over the whole "
+        r"slope (in one dimension), the share of $g_t$ is $q_t \prod_{s<t} (r_s + q_s (1 - r_s))$; one draw per trajectory "
+        r"gives $q_t$. Dividing by $q_t$ does not debias it."
+    ),
+    why="Cuts at independent steps thin out every path through the networks, but the scheduler's direct path is never cut: "
+    "where the network contracts, the direct path alone is too steep, and early steps are paid too much.",
+    derivation="variance.md#random-truncation",
+    checks=(
+        equals(
+            "exact mean",
+            "Is the closed mean on the additive chain that of going through all 16 patterns of cuts?",
+            THETA,
+            subject=per_step_mean,
+            reference=lambda: enumerated_mean(kept()),
+            printed=once_mean,
+            controls={"kept with P(K > t)": lambda: enumerated_mean(np.append(kept()[1:], 0.0))},
+        ),
+        has_mean(
+            "sampled mean",
+            "Do gradients by plain autograd, with outputs detached step by step, have the closed mean?",
+            THETA,
+            subject=lazily(cut_per_step),
+            reference=per_step_mean,
+            margin=MARGIN_ADDITIVE / 5,
+            margin_from="0.01, 1 % of |∇J| = 1.19 on this chain; declared before sampling",
+            # Linear in the Gaussians given the cuts; the rarest pattern has probability 0.012.
+            kurtosis=kurtosis(1, rarest=0.012),
+            printed=lazily(lambda: cut_per_step(once=True)),
+            controls={"no cut": lazily(lambda: sampled(additive(), named.first_order(4)))},
+        ),
+    ),
+)
 
 # --- baselines, released losses, running costs -------------------------------------------------------------------
 
@@ -739,7 +853,7 @@ BASELINE = Claim(
     printed="holds-corrected",
     corrected=r"Its mean is $(1 - \tfrac{1}{N})\,\nabla J$; the mean of the *other* samples leaves it unbiased.",
     why="The sample's own reward in the mean is correlated with its own score: it takes 1/N of the gradient away.",
-    derivation="variance.md",
+    derivation="variance.md#self-included-baseline",
     checks=(
         has_mean(
             "leave-one-out",
@@ -787,7 +901,7 @@ LOG_PROB_MEAN = Claim(
     corrected=r"It is their *sum*. The mean scales the gradient by $1/d$ ($d = 16384$ for Stable Diffusion at 512 "
     "pixels), and a clip range on its ratio by $d$.",
     why="Harmless for Adam's direction, not for step sizes, mixtures with other terms (first order, KL), or clipping.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#the-backward-sweep",
     checks=(
         has_mean(
             "sampled mean",
@@ -859,7 +973,7 @@ KL_REGULARISED = Claim(
     printed="holds",
     why="Costs above the noise k cannot be moved by it; those between k and t can be moved by step t and are "
     "differentiated directly.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#unbiasedness",
     checks=(
         equals(
             "exact mean",
@@ -903,6 +1017,7 @@ CLAIMS: tuple[Claim, ...] = (
     TRUNCATION,
     JACOBIAN_ORDER,
     RANDOM_TRUNCATION,
+    PER_STEP_TRUNCATION,
     BASELINE,
     LOG_PROB_MEAN,
     KL_REGULARISED,

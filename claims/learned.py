@@ -109,7 +109,7 @@ EXACT_SCORE = Claim(
     "rewards; half order and policy gradient also for rewards without a gradient.",
     printed="holds",
     why="The proof asks for differentiability almost everywhere only; column 0 alone needs it of the reward.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#unbiasedness",
     checks=(
         _mixture_check("oscillating", named.first_order(STEPS), named.truncated(STEPS, STEPS - 1), "last step dropped"),
         _mixture_check("kinked", named.first_order(STEPS), named.truncated(STEPS, STEPS - 2), "last two steps dropped"),
@@ -190,7 +190,7 @@ LEARNED_CHAIN = Claim(
     "mean, with or without a baseline that was learned on other roll-outs.",
     printed="holds",
     why="No exact gradient exists here; the columns of the credit matrix check one another.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#unbiasedness",
     checks=(
         _learned_check(
             named.half_order(LEARNED_STEPS, 2),

@@ -229,12 +229,12 @@ def _plain(value: Any) -> Any:
 
 def _build(kind: Any, value: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         names = {f.name for f in dataclasses.fields(kind)}
         if unknown := set(value) - names:
             raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
-        return kind(**{name: _build(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+        return kind(**{name: _build(hints[name], item) for name, item in value.items()})
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"expected a list, got {value!r}")

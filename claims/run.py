@@ -47,23 +47,25 @@ def run(
     settings: Settings,
     jobs: int,
     resume: bool,
-    on_done: Callable[[Evidence], None],
+    on_start: Callable[[], None] = lambda: None,
+    on_done: Callable[[Evidence], None] = lambda evidence: None,
     cluster: str | None = None,
 ) -> Run:
     """Examine `claims` and write their evidence under the run's folder; return the whole run.
 
     Evidence that is already there is kept with `resume` if it comes from the same seed, profile and source code, and
     deleted otherwise. An interruption (Ctrl-C) is passed on after the provenance of the unfinished run has been written.
+    `on_start` is called once nothing stands in the way of measuring, `on_done` with every claim's evidence.
 
     Raises:
-        ValueError: if `resume` meets a run with another seed or profile, or dask is not installed for a `cluster`.
+        ValueError: if `resume` meets a run with another seed or profile, or the `cluster` cannot be connected to.
         CorruptEvidence: if a file that should be resumed cannot be read.
-        OSError: if the folder cannot be written or the cluster does not answer.
+        OSError: if the folder cannot be written.
     """
     if cluster is None:
-        return _run(claims, settings, jobs, resume, on_done, _in_parallel if jobs > 1 else _here)
+        return _run(claims, settings, jobs, resume, on_start, on_done, _in_parallel if jobs > 1 else _here)
     with _connected(cluster) as cores:  # before anything is written or deleted
-        return _run(claims, settings, cores, resume, on_done, _in_parallel)
+        return _run(claims, settings, cores, resume, on_start, on_done, _in_parallel)
 
 
 Measure = Callable[[list[str], Settings, int], Iterator[Evidence]]
@@ -74,6 +76,7 @@ def _run(
     settings: Settings,
     jobs: int,
     resume: bool,
+    on_start: Callable[[], None],
     on_done: Callable[[Evidence], None],
     measure: Measure,
 ) -> Run:
@@ -102,6 +105,7 @@ def _run(
         )
 
     _write_provenance(settings.folder, provenance(False))
+    on_start()
     for evidence in done.values():
         on_done(evidence)
     try:
@@ -190,7 +194,11 @@ def _connected(address: str) -> Iterator[int]:
         from dask.distributed import Client
     except ImportError:
         raise ValueError("a cluster needs dask.distributed: install verifine[cluster]") from None
-    with Client(address) as client, joblib.parallel_config(backend="dask"):
+    try:
+        client: Any = Client(address)
+    except (ValueError, OSError) as fault:
+        raise ValueError(f"cannot connect to a Dask cluster at {address!r}: {fault}") from None
+    with client, joblib.parallel_config(backend="dask"):
         yield sum(client.ncores().values())
 
 

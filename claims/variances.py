@@ -91,7 +91,7 @@ PROPOSITION_42 = Claim(
     ),
     why="First order sees the slope of the reward, which a fast oscillation makes large however small its values are. "
     "R here is smooth and bounded.",
-    derivation="variance.md",
+    derivation="variance.md#the-sine-example",
     checks=(
         at_least(
             "counterexample",
@@ -195,7 +195,7 @@ QUADRATIC_CASE = Claim(
     printed="holds",
     why="First order is then the Rao-Blackwellisation of zeroth order. In general E[ZO | noise] is the first-order "
     "estimator of the *smoothed* reward.",
-    derivation="variance.md",
+    derivation="variance.md#quadratic-rewards",
     checks=(
         at_least(
             "Loewner order on LG1",
@@ -218,7 +218,11 @@ QUADRATIC_CASE = Claim(
     ),
 )
 
-QUADRATIC: dict[str, Any] = {"value": 0.5, "gradient": np.array([1.0, -2.0]), "hessian": np.array([[1.0, 0.3], [0.3, -2.0]])}
+QUADRATIC: dict[str, Any] = {
+    "value": 0.5,
+    "gradient": np.array([1.0, -2.0]),
+    "hessian": np.array([[1.0, 0.3], [0.3, -2.0]]),
+}
 QUADRATIC_S, QUADRATIC_MU = 0.7, 0.4
 
 
@@ -296,7 +300,7 @@ SUFFICIENT = Claim(
     printed="holds",
     why="The reward's level drives the score estimator, its curvature the first-order one: a large mean reward without "
     "a baseline makes the printed order true, for a reason that a baseline removes.",
-    derivation="variance.md",
+    derivation="variance.md#a-sufficient-condition",
     checks=(
         at_least(
             "both bounds",
@@ -358,7 +362,7 @@ HALF_ORDER_GROWTH = Claim(
     ),
     why="A block puts the weight of h steps on one noise, where h independent noises would average. Diffusion steps "
     "are near the identity.",
-    derivation="variance.md",
+    derivation="variance.md#half-order-blocks",
     checks=(
         equals(
             "growth law",
@@ -429,7 +433,7 @@ HALF_VERSUS_ZEROTH = Claim(
     corrected=r"Neither order holds in general: on LG1 with $\mu = 1$ half order has the larger variance, with "
     r"$\mu = 0.25$ the smaller one.",
     why="Zeroth order divides by μ, half order by the chain's own std: whichever noise is larger wins.",
-    derivation="variance.md",
+    derivation="credit-matrix.md#the-exact-covariance",
     checks=(
         at_least(
             "counterexample",
@@ -465,7 +469,7 @@ ANTITHETIC = Claim(
     ),
     printed="holds",
     why="The one-sided estimate multiplies the whole reward by z / μ². In the pair only the difference survives.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#the-exact-covariance",
     checks=(
         at_least(
             "pair against single",
@@ -542,7 +546,7 @@ SPSA = Claim(
     ),
     printed="holds",
     why="A sign has no fourth moment to spare: the diagonal loses twice the squared slopes.",
-    derivation="variance.md",
+    derivation="variance.md#smoothing",
     checks=(
         equals(
             "covariance entries",
@@ -617,7 +621,7 @@ COVARIANCE = Claim(
     printed="holds",
     why="Two engines, Wick's formula and the algebra of Hermite polynomials, agree to rounding; sampling agrees with "
     "both.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#the-exact-covariance",
     checks=(
         equals(
             "two engines",
@@ -744,7 +748,7 @@ MEMORY = Claim(
     r"with the activations of *one* step, and $T$ latents; it costs one more forward pass per step.",
     why="Known as checkpointing each step. The premise that first order is out of reach, on which biased and noisy "
     "substitutes are built, falls.",
-    derivation="credit-matrix.md",
+    derivation="credit-matrix.md#the-backward-sweep",
     checks=(
         equals(
             "growth of saved activations",

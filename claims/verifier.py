@@ -105,7 +105,7 @@ FALSE_ALARM = Claim(
     why="The bounds hold for every number of samples under the declared kurtosis; they are conservative, so the "
     "measured rate lies far below the stated one. Intervals from the central limit theorem, looked at repeatedly, do "
     "not pass the same test.",
-    derivation="statistics.md",
+    derivation="statistics.md#the-verifier-verified",
     checks=(
         _check(
             "false refutations",
@@ -180,7 +180,7 @@ def power(claims: tuple[Claim, ...]) -> Claim:
         "$0.99$: measured on heavy-tailed laws, and planned for every statistical planted error of this registry.",
         printed="holds",
         why="Half-widths shrink like six to nine standard errors; the planted errors lie further out than that.",
-        derivation="statistics.md",
+        derivation="statistics.md#the-verifier-verified",
         checks=(
             _check(
                 "measured power",
