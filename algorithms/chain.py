@@ -10,6 +10,7 @@ written g_t, and the gradient of the objective is their sum over t. Batches have
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -170,8 +171,8 @@ def step_log_prob(
     std = positive_std(chain, t)
     z = (x_next - chain.mean(params, x, t, condition)) / std
     dimensions = z[0].numel()
-    half_log_two_pi = 0.9189385332046727
-    return -0.5 * z.flatten(1).square().sum(1) - dimensions * (half_log_two_pi + torch.tensor(std).log().item())
+    half_log_two_pi = 0.5 * math.log(2 * math.pi)
+    return -0.5 * z.flatten(1).square().sum(1) - dimensions * (half_log_two_pi + math.log(std))
 
 
 def positive_std(chain: Chain, t: int) -> float:

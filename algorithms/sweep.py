@@ -40,10 +40,15 @@ class Step:
         return mean, self.objective.cost(self.chain, mean, x, self.t, self.condition)
 
 
+Costates = dict[int, Tensor]
+
+
 class Readout(Protocol):
     """What is made of the gradient of sum_i <cotangent_i, mean_i> - direct_i * cost_i in the parameters of a step."""
 
-    def step(self, step: Step, cotangent: Tensor, direct: Tensor) -> None: ...
+    def step(self, step: Step, cotangent: Tensor, direct: Tensor, wanted: Costates) -> Costates:
+        """Take in a step, and return the costates `wanted` by later rows pulled back to x_t."""
+        ...
 
     def noise(self, coefficient: Tensor, unit: Params) -> None:
         """Add sum_i coefficient_i * unit_i, the parameter-noise column's share."""
@@ -57,15 +62,21 @@ class Accumulate:
         self.total = {name: torch.zeros_like(p) for name, p in params.items()}
         self._params, self._samples = params, samples
 
-    def step(self, step: Step, cotangent: Tensor, direct: Tensor) -> None:
+    def step(self, step: Step, cotangent: Tensor, direct: Tensor, wanted: Costates) -> Costates:
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
+        x = step.x.detach().requires_grad_()
         with torch.enable_grad():
-            mean, cost = step(leaves, step.x)
+            mean, cost = step(leaves, x)
             value = (cotangent * mean).sum() - (0 if cost is None else (direct * cost).sum())
-        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        for name, grad in zip(leaves, grads, strict=True):
+        # A costate that is the row's cotangent is pulled by the same backward pass as the parameters' gradient.
+        same = [k for k, costate in wanted.items() if costate is cotangent]
+        others = {k: costate for k, costate in wanted.items() if costate is not cotangent}
+        inputs = [*leaves.values(), *([x] if same else [])]
+        grads = torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=bool(others))
+        for name, grad in zip(leaves, grads, strict=False):
             if grad is not None:
                 self.total[name] += grad / self._samples
+        return {k: grads[-1] for k in same} | _pull(mean, cost, x, others)
 
     def noise(self, coefficient: Tensor, unit: Params) -> None:
         for name, xi in unit.items():
@@ -79,7 +90,7 @@ class PerSample:
         self.total = {name: p.new_zeros(samples, *p.shape) for name, p in params.items()}
         self._params, self._chunk = params, chunk
 
-    def step(self, step: Step, cotangent: Tensor, direct: Tensor) -> None:
+    def step(self, step: Step, cotangent: Tensor, direct: Tensor, wanted: Costates) -> Costates:
         own = None if step.perturbation is None else 0  # perturbed parameters differ from sample to sample
         params = self._params if step.perturbation is None else step.perturbation.at(self._params, step.t)
         conditioned = None if step.condition is None else 0
@@ -94,6 +105,7 @@ class PerSample:
         per_sample = torch.func.vmap(torch.func.grad(value), in_dims=in_dims, chunk_size=self._chunk)
         for name, grad in per_sample(params, step.x, step.condition, cotangent, direct).items():
             self.total[name] += grad
+        return _pulled(step, self._params, wanted)
 
     def noise(self, coefficient: Tensor, unit: Params) -> None:
         for name, xi in unit.items():
@@ -107,13 +119,14 @@ class Directional:
         self.total = next(iter(params.values())).new_zeros(samples)
         self._params, self._direction = params, direction
 
-    def step(self, step: Step, cotangent: Tensor, direct: Tensor) -> None:
+    def step(self, step: Step, cotangent: Tensor, direct: Tensor, wanted: Costates) -> Costates:
         def outputs(params: Params) -> tuple[Tensor, Tensor]:
             mean, cost = step(params, step.x)
             return mean, mean.new_zeros(len(mean)) if cost is None else cost
 
         mean, cost = torch.func.jvp(outputs, (self._params,), (self._direction,))[1]
         self.total += (cotangent * mean).flatten(1).sum(1) - direct * cost
+        return _pulled(step, self._params, wanted)
 
     def noise(self, coefficient: Tensor, unit: Params) -> None:
         along = sum((self._direction[name] * xi).flatten(1).sum(1) for name, xi in unit.items())
@@ -145,7 +158,7 @@ def sweep(
 
     roll = rollout(chain, params, noise, condition, perturbation, cost)
     reward, costates = _reward(objective, credit, roll.latents[0], condition)
-    weights = torch.from_numpy(credit.matrices).to(reward)[noise.outcome]  # (n, T, T + 2)
+    weights = torch.from_numpy(credit.matrices).to(reward)
     # Costs of the steps below k, which the noise of step k still moves: returns[k] = R - sum_{s < k} cost_s.
     spent = torch.cat([roll.costs.new_zeros(1, noise.samples), roll.costs.cumsum(0)])
     lives = {k: credit.last_row(k) for k in credit.columns}
@@ -155,18 +168,28 @@ def sweep(
         if t in lives:
             after = reward - spent[t - 1]
             costates[t] = _columnwise(after - baseline(after, x, t), noise.steps[t - 1]) / positive_std(chain, t)
-        row = weights[:, t - 1]
+        row = weights[noise.outcome, t - 1]  # (n, T + 2)
         step = Step(chain, objective, t, x, condition, perturbation)
-        live = {k: value for k, value in costates.items() if t <= lives[k]}
-        if live:
-            cotangent = sum((_columnwise(row[:, k], value) for k, value in live.items()), start=torch.zeros_like(x))
-            readout.step(step, cotangent, row[:, :-1].sum(1))
+        if costates:
+            wanted = {k: value for k, value in costates.items() if t < lives[k]}
+            pulled = readout.step(step, _mixed(row, costates), row[:, :-1].sum(1), wanted)
+        else:
+            pulled = {}
         if perturbation is not None and bool(perturbation.active[t - 1].any()):
             after = reward - spent[t]
             share = row[:, -1] * (after - baseline(after, x, t)) / parameter_std
             readout.noise(share, {name: xi[t - 1] for name, xi in perturbation.unit.items()})
-        costates = _pull(step, params, {k: value for k, value in live.items() if t < lives[k]})
+        costates = pulled
     return reward - spent[-1]
+
+
+def _mixed(row: Tensor, costates: Costates) -> Tensor:
+    """Return the costates weighted by their entries of `row` (n, T + 2); the costate itself where that is all."""
+    if len(costates) == 1:
+        ((k, only),) = costates.items()
+        if bool((row[:, k] == 1).all()):
+            return only
+    return torch.stack([_columnwise(row[:, k], value) for k, value in costates.items()]).sum(0)
 
 
 def _check(chain: Chain, objective: Objective, credit: Credit) -> None:
@@ -188,7 +211,7 @@ def _perturbation(credit: Credit, std: float, noise: Noise) -> Perturbation | No
     return Perturbation(std, noise.parameters, active)
 
 
-def _reward(objective: Objective, credit: Credit, x0: Tensor, condition: Condition) -> tuple[Tensor, dict[int, Tensor]]:
+def _reward(objective: Objective, credit: Credit, x0: Tensor, condition: Condition) -> tuple[Tensor, Costates]:
     if 0 not in credit.columns:
         with torch.no_grad():
             return objective.reward(x0, condition), {}
@@ -199,18 +222,21 @@ def _reward(objective: Objective, credit: Credit, x0: Tensor, condition: Conditi
     return reward.detach(), {0: costate}
 
 
-def _pull(step: Step, params: Params, costates: dict[int, Tensor]) -> dict[int, Tensor]:
+def _pulled(step: Step, params: Params, costates: Costates) -> Costates:
     """Pull costates on step t's mean back to x_t, which is step t + 1's mean plus noise."""
     if not costates:
         return {}
     x = step.x.detach().requires_grad_()
-    fixed = {name: p.detach() for name, p in params.items()}
     with torch.enable_grad():
-        mean, cost = step(fixed, x)
-        charged = 0 if cost is None else cost.sum()
-        values = {k: (value * mean).sum() - charged for k, value in costates.items()}
+        mean, cost = step({name: p.detach() for name, p in params.items()}, x)
+    return _pull(mean, cost, x, costates)
+
+
+def _pull(mean: Tensor, cost: Tensor | None, x: Tensor, costates: Costates) -> Costates:
+    """Pull costates back through the graph of a step, whose running cost they pay."""
     pulled = {}
-    for left, (k, value) in zip(range(len(values) - 1, -1, -1), values.items(), strict=True):
+    for left, (k, costate) in zip(range(len(costates) - 1, -1, -1), costates.items(), strict=True):
+        value = (costate * mean).sum() - (0 if cost is None else cost.sum())
         (pulled[k],) = torch.autograd.grad(value, x, retain_graph=left > 0)
     return pulled
 

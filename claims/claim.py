@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -153,7 +154,12 @@ def settle(printed: Printed, checks: tuple[CheckEvidence, ...]) -> tuple[Verdict
     def of(role: Role, rows: tuple[Reading, ...]) -> list[Verdict]:
         return [row.verdict for row in rows if row.role == role]
 
-    seen = all(of("control", c.readings) and set(of("control", c.readings)) == {"refuted"} for c in checks)
+    def found(row: Reading) -> bool:
+        # A planted error that computes nothing would be refuted for the wrong reason.
+        return row.verdict == "refuted" and all(map(math.isfinite, row.estimate))
+
+    controls = [[row for row in c.readings if row.role == "control"] for c in checks]
+    seen = all(rows and all(map(found, rows)) for rows in controls)
     main = [verdict for c in checks for verdict in of("claim", c.readings)]
     if "refuted" in main:
         verdict: Verdict = "refuted"

@@ -25,7 +25,7 @@ T = typing.TypeVar("T")
 Verdict = Literal["verified", "refuted", "inconclusive"]
 Printed = Literal["holds", "holds-corrected", "refuted"]
 Role = Literal["claim", "printed", "control"]
-Kind = Literal["exact", "statistical"]
+Kind = Literal["exact", "statistical", "frequency"]  # frequency: a binomial interval of repeated trials
 
 
 class CorruptEvidence(ValueError):

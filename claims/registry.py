@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from claims import estimators, foundations, verifier
 from claims.claim import Claim
 from verdicts.ledger import Ledger
@@ -25,21 +27,20 @@ def select(ids: list[str], papers: list[str]) -> tuple[Claim, ...]:
     Raises:
         ValueError: for an unknown identifier or paper, naming the nearest known one.
     """
-    for name in ids:
-        _known(name, sorted(BY_ID), "claim", "verifine claims")
     names = sorted({c.paper for c in CLAIMS} | {c.chapter for c in CLAIMS})
-    lowered = {name.lower(): name for name in names}
-    for name in papers:
-        _known(name.lower(), sorted(lowered), "paper", "verifine claims")
+    for name in ids:
+        if name not in BY_ID:
+            raise ValueError(_unknown("claim", name, sorted(BY_ID)))
     wanted = {name.lower() for name in papers}
+    for name in papers:
+        if name.lower() not in {known.lower() for known in names}:
+            raise ValueError(_unknown("paper", name, names))
     chosen = [c for c in CLAIMS if c.id in ids or {c.paper.lower(), c.chapter.lower()} & wanted]
     return tuple(chosen) if ids or papers else CLAIMS
 
 
-def _known(name: str, known: list[str], what: str, listing: str) -> None:
-    import difflib
-
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"`{listing}` lists them"
-        raise ValueError(f"unknown {what} {name!r}: {hint}")
+def _unknown(what: str, name: str, known: list[str]) -> str:
+    lowered = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lowered, 1)
+    hint = f"did you mean {lowered[near[0]]!r}?" if near else "`verifine claims` lists them"
+    return f"unknown {what} {name!r}: {hint}"

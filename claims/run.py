@@ -215,7 +215,7 @@ def _resumable(settings: Settings) -> dict[str, Evidence]:
     ):
         if there != asked:
             raise ValueError(f"cannot resume {settings.folder}: it holds a run with {what} {there}, asked for {asked}")
-    if found.versions.get("source") != source_digest():
+    if found.versions != _versions():
         return {}
     loaded = (read(Evidence, f) for f in _evidence_files(settings.folder))
     return {e.statement.id: e for e in loaded if not e.error}

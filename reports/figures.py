@@ -161,6 +161,8 @@ def _draw_plot(canvas: Canvas, figure: Figure) -> None:
             if high < 20 * low:  # powers of ten alone would leave one tick or none
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if any(series.labels for series in figure.series):
+        axes.margins(0.08, 0.12)  # room for the labels of the outermost points
     _legend_and_margins(canvas, axes)
     for series in figure.series:
         _draw_labels(axes, series)
@@ -246,7 +248,8 @@ def _legend_and_margins(canvas: Canvas, axes: Axes) -> None:
     width, height = canvas.get_size_inches()
     bottom, top = 0.5 / height, 1 - (0.1 + 0.19 * rows) / height
     axes.set_position((0.2, bottom, 0.78, top - bottom))
-    labels_box = axes.yaxis.get_tightbbox(axes.figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]  # only canvases of pixels have one
+    labels_box = axes.yaxis.get_tightbbox(renderer)
     inches = (axes.bbox.x0 - labels_box.x0) / canvas.dpi if labels_box else 0.0
     left = (inches + 0.06) / width
     axes.set_position((left, bottom, 1 - 0.06 / width - left, top - bottom))

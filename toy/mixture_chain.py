@@ -42,7 +42,7 @@ class MixtureChain:
         variances = torch.tensor([float(cov[0, 0]) for cov in mixture.covs], dtype=torch.float64)
         covs = torch.tensor(mixture.covs)
         if not torch.allclose(covs, variances[:, None, None] * torch.eye(d, dtype=torch.float64)):
-            raise ValueError("covs must be multiples of the identity for MixtureChain")
+            raise ValueError(f"covs = {mixture.covs.tolist()}: must be multiples of the identity for MixtureChain")
         return cls(
             torch.tensor(mixture.weights).log(),
             torch.tensor(mixture.means),

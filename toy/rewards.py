@@ -34,7 +34,7 @@ class Power:
 
 @dataclass(frozen=True)
 class Kink:
-    """Kinked: R(x) = -sum_i |x_i - target|; differentiable almost everywhere, which is all that column 0 needs."""
+    """Kinked: R(x) = -sum_i |x_i - target|; Lipschitz, which is what column 0 needs."""
 
     target: float
     differentiable: bool = True

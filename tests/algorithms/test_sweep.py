@@ -175,9 +175,7 @@ def test_results_do_not_depend_on_the_batch_split():
             noise.outcome[part],
             {k: xi[:, part] for k, xi in noise.parameters.items()},
         )
-        assert_same(
-            estimator.per_sample(CHAIN, PARAMS, KL, piece), {k: v[part] for k, v in whole.items()}, rtol=1e-12
-        )
+        assert_same(estimator.per_sample(CHAIN, PARAMS, KL, piece), {k: v[part] for k, v in whole.items()}, rtol=1e-12)
 
 
 @pytest.mark.parametrize("estimator", [policy_gradient(5), half_order(5, 2)], ids=lambda e: e.name)
