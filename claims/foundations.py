@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from algorithms.chain import Params
 from algorithms.estimators import first_order
-from claims.claim import Claim
+from claims.claim import Claim, Context
 from claims.judges import Sampler, at_least, equals, has_mean
 from claims.records import Figure, Series
 from theory import ddpm, gaussian, schedules
@@ -261,6 +261,7 @@ ANCESTRAL_LAW = Claim(
             },
         ),
     ),
+    figures=lambda context: (law_figure(context),),
 )  # fmt: skip
 
 
@@ -284,6 +285,36 @@ def _composed(variance: float, mean: float, last_noise: float = 1.0) -> Gaussian
         noise = s.beta[t - 1] * (last_noise if t == 1 else 1.0)
         law = gaussian.affine(law, [[slope]], [offset], [[noise]])
     return law
+
+
+def law_figure(context: Context) -> Figure:
+    """Histogram of simulated samples beside the exact densities of the sampler's output and of the data."""
+    chain, params = gaussian_chain()
+    block = statistics(chain, params, first_order(STEPS), lambda x: x, size=1 << 16)(context.stream)
+    heights, edges = np.histogram(block(0)[:, 0], bins=48, range=(-1.5, 3.5), density=True)
+    x = np.linspace(-1.5, 3.5, 121)
+
+    def density(mean: float, variance: float) -> tuple[float, ...]:
+        values = np.exp(-((x - mean) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+        return tuple(values.tolist())
+
+    law = ddpm.ancestral_law(data(), schedule())
+    return Figure(
+        name="exact-and-simulated-law",
+        title="Exact and simulated law of a 20-step sampler",
+        caption="Samples of the torch sampler (bars, 65 536) follow the exact output law (solid), which is wider than the data "
+        "(dashed): variance 0.299 against 0.25. The error is the discretisation's, and known.",
+        alt="A bell-shaped histogram with a solid curve on top of it and a slightly narrower dashed curve, all centred at one.",
+        x_label="x₀",
+        y_label="density",
+        series=(
+            Series(
+                "simulated", tuple((0.5 * (edges[1:] + edges[:-1])).tolist()), tuple(heights.tolist()), style="bars"
+            ),
+            Series("exact output law", tuple(x.tolist()), density(float(law.mean[0]), float(law.cov[0, 0]))),
+            Series("data", tuple(x.tolist()), density(MEAN, VARIANCE), style="dashed"),
+        ),
+    )
 
 
 # --- path KL -----------------------------------------------------------------------------------------------------

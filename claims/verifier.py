@@ -186,7 +186,7 @@ def power(claims: tuple[Claim, ...]) -> Claim:
             _check(
                 "measured power",
                 "How often is a bias of 0.1 standard deviations refuted within 120 000 samples?",
-                Proportion("refuted", 0.99, below=False, trials=160),
+                Proportion("refuted", 0.99, below=False, trials=134),
                 ours(bias=0.1, alpha=LEDGER_SCALE, rows=120_000),
                 {"no bias": ours(alpha=LEDGER_SCALE, rows=100_000)},
             ),
