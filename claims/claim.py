@@ -95,7 +95,7 @@ class Claim:
     derivation: str
     checks: tuple[Check, ...]
     corrected: str | None = None
-    about: Literal["paper", "code", "verifier"] = "paper"
+    about: Literal["paper", "code", "own", "verifier"] = "paper"
     figures: Callable[[Context], tuple[Figure, ...]] = field(default=lambda context: ())
 
     def record(self) -> Statement:

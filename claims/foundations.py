@@ -373,6 +373,7 @@ PATH_KL = Claim(
     id="foundations.path-kl",
     chapter=CHAPTER,
     paper="verifine",
+    about="own",
     source="derived in docs/ddpm.md; the exact form of Ho et al. 2020, eq. (5), on Gaussian data",
     title="The path KL is a prior term plus one variance term per step, and bounds the marginal KL",
     statement=(
@@ -539,6 +540,7 @@ LIMITS = Claim(
     id="foundations.many-steps",
     chapter=CHAPTER,
     paper="verifine",
+    about="own",
     source="derived in docs/ddpm.md; sharpens SFT-PG, section 3, and Generative bilevel, section 2",
     title="With the exact score the path KL falls like 1/T and the marginal KL like 1/T², with known constants",
     statement=(
@@ -613,6 +615,7 @@ POSTERIOR_VARIANCE = Claim(
     id="foundations.posterior-variance",
     chapter=CHAPTER,
     paper="verifine",
+    about="own",
     source="derived in docs/ddpm.md; on a choice left open by Ho et al. 2020, section 3.2, and SFT-PG, after eq. (3)",
     title="With beta-tilde the path KL of a perfect model is infinite, and without step 1 tends to half of Euler's gamma",
     statement=(
@@ -675,6 +678,7 @@ DDIM_ANGLES = Claim(
     id="foundations.ddim-angles",
     chapter=CHAPTER,
     paper="verifine",
+    about="own",
     source="derived in docs/ddpm.md from Song et al. 2021, eq. (12) at eta = 0",
     title="Deterministic DDIM on Gaussian data is a product of cosines",
     statement=r"With the exact score and angles $\varphi = \arctan\big(\tfrac1s \sqrt{(1 - \bar\alpha)/\bar\alpha}\big)$, "
@@ -745,6 +749,7 @@ DDIM_SCHEDULE = Claim(
     id="foundations.ddim-schedule",
     chapter=CHAPTER,
     paper="verifine",
+    about="own",
     source="derived in docs/ddpm.md; what the schedule learning of Generative bilevel, eq. (16), should find",
     title="The best few-step DDIM schedule for N(0, s²) has equal angles: the cosine schedule for s = 1 only",
     statement=(
@@ -849,6 +854,7 @@ SCORE_FLOOR = Claim(
     id="foundations.score-matching-floor",
     chapter=CHAPTER,
     paper="verifine",
+    about="own",
     source="derived in docs/ddpm.md; the loss of Generative bilevel, eq. (24)",
     title="The score-matching loss of a perfect model is not zero",
     statement=r"$\min_\theta \mathbb{E}\|\epsilon - \epsilon_\theta(x_t, t)\|^2 = \bar\alpha_t s^2 / D_t$ per coordinate, for "
@@ -923,6 +929,7 @@ MIXTURE_SCORE = Claim(
     id="foundations.mixture-score",
     chapter=CHAPTER,
     paper="verifine",
+    about="own",
     source="Tweedie's formula; derived in docs/ddpm.md",
     title="The noised mixture's score is exact at every level, and gives the posterior mean",
     statement=r"$\nabla \log q_t$ of a noised Gaussian mixture is closed, and $\mathbb{E}[x_0 \mid x_t] = (x_t + (1 - "

@@ -43,7 +43,7 @@ class Statement:
     id: str  # "estimators.half-order-unbiased": chapter, dot, name
     chapter: str  # "Foundations"
     paper: str  # short name of the paper or of the released code the statement stands in
-    about: Literal["paper", "code", "verifier"]
+    about: Literal["paper", "code", "own", "verifier"]  # whose statement it is; "own" and "verifier" are ours
     source: str  # "RLR, Proposition 4.1"
     title: str  # one line of plain words
     statement: str  # as printed

@@ -229,20 +229,39 @@ def _weakest(readings: Sequence[Reading]) -> Badge | None:
 def _headline(evidence: Sequence[Evidence]) -> str:
     if not evidence:
         return "This run has checked **no statements**."
-    tally = Counter(status(e) for e in evidence)
-    verbs = (
+    own = [e for e in evidence if e.statement.about in ("own", "verifier")]
+    others = [e for e in evidence if e not in own]
+    printed = (
         (VERIFIED, "holds as printed", "hold as printed"),
         (CORRECTED, "holds after a correction", "hold after a correction"),
         (REFUTED, "is refuted as printed", "are refuted as printed"),
         (INCONCLUSIVE, "is inconclusive", "are inconclusive"),
     )
-    parts = [f"**{tally[badge]}** {one if tally[badge] == 1 else many}" for badge, one, many in verbs]
-    total = len(evidence)
+    stated = (
+        (VERIFIED, "is verified", "are verified"),
+        (REFUTED, "is refuted", "are refuted"),
+        (INCONCLUSIVE, "is inconclusive", "are inconclusive"),
+    )
+    parts = []
+    if others:
+        parts.append(f"of **{_statements(len(others))}** in papers and released code, {_tally(others, printed)}")
+    if own:
+        parts.append(f"of **{_statements(len(own))}** of our own, {_tally(own, stated)}")
+    text = "; ".join(parts)
     controls = [badge for e in evidence for badge in planted(e).values() if badge is not None]
     found = sum(badge is REFUTED for badge in controls)
-    checked = f"Of **{total} {'statement' if total == 1 else 'statements'}** checked, "
-    outcome = f"{', '.join(parts[:-1])} and {parts[-1]}; "
-    return f"{checked}{outcome}**{found} of {len(controls)}** planted errors were found."
+    return f"{text[0].upper()}{text[1:]}. **{found} of {len(controls)}** planted errors were found."
+
+
+def _statements(count: int) -> str:
+    return f"{count} statement{'' if count == 1 else 's'}"
+
+
+def _tally(evidence: Sequence[Evidence], verbs: Sequence[tuple[Badge, str, str]]) -> str:
+    """Return "**3** hold, **1** is refuted and **0** are inconclusive"."""
+    counts = Counter(status(e) for e in evidence)
+    parts = [f"**{counts[badge]}** {one if counts[badge] == 1 else many}" for badge, one, many in verbs]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _budget_line(run: Run) -> str:

@@ -27,7 +27,7 @@ every_check = pytest.mark.parametrize(("claim", "check"), CHECKS, ids=[f"{k.id}:
 def test_there_are_claims_about_papers_code_and_the_verifier_with_distinct_identifiers() -> None:
     assert len(CLAIMS) >= 16
     assert len(BY_ID) == len(CLAIMS)
-    assert {claim.about for claim in CLAIMS} == {"paper", "code", "verifier"}
+    assert {claim.about for claim in CLAIMS} == {"paper", "code", "own", "verifier"}
     assert {claim.printed for claim in CLAIMS} == {"holds", "holds-corrected", "refuted"}
 
 
