@@ -164,8 +164,7 @@ def _draw_plot(canvas: Canvas, figure: Figure) -> None:
     if any(series.labels for series in figure.series):
         axes.margins(0.08, 0.12)  # room for the labels of the outermost points
     _legend_and_margins(canvas, axes)
-    for series in figure.series:
-        _draw_labels(axes, series)
+    _draw_labels(axes, figure)
 
 
 def _draw_series(axes: Axes, series: Series, i: int, total: int) -> None:
@@ -204,13 +203,25 @@ def _draw_series(axes: Axes, series: Series, i: int, total: int) -> None:
             axes.fill_between(series.x, series.lower, series.upper, color=colour, alpha=0.18, linewidth=0)
 
 
-def _draw_labels(axes: Axes, series: Series) -> None:
-    """Write the points' labels, towards the middle of the axes so that none is cut off."""
-    for x, y, text in zip(series.x, series.y, series.labels, strict=False):
-        across = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0]
-        side, shift = ("right", -5) if across > 0.6 else ("left", 5)
+def _draw_labels(axes: Axes, figure: Figure) -> None:
+    """Write the points' labels: towards the middle of the axes, so that none is cut off, and above one another."""
+    texts = [row for s in figure.series for row in zip(s.x, s.y, s.labels, strict=False)]
+    if not texts:
+        return
+    line = 11.0 / 72 * axes.figure.dpi  # pixels from one label to the next
+    low, high = axes.bbox.intervalx
+    taken: list[tuple[float, float]] = []
+    for x, y, text in sorted(texts, key=lambda row: row[1]):
+        across, up = axes.transData.transform((x, y))
+        side, shift = ("right", -5) if across > low + 0.6 * (high - low) else ("left", 5)
+        wanted = up + 4.0 / 72 * axes.figure.dpi
+        for other_across, other_up in taken:
+            if abs(across - other_across) < 0.25 * (high - low) and abs(wanted - other_up) < line:
+                wanted = other_up + line
+        taken.append((across, wanted))
+        lift = (wanted - up) * 72 / axes.figure.dpi
         axes.annotate(
-            plot_text(text), (x, y), xytext=(shift, 4), textcoords="offset points", ha=side, fontsize=9.5, color=INK
+            plot_text(text), (x, y), xytext=(shift, lift), textcoords="offset points", ha=side, fontsize=9.5, color=INK
         )
 
 
