@@ -136,8 +136,11 @@ def examine(claim: Claim, context: Context, share: Callable[[str], float]) -> Ev
             begun = time.perf_counter()
             result = check.judge(subject, context.at(claim.id, check.name, role, name, alpha=granted))
             readings.append(_reading(role, name, result, time.perf_counter() - begun, granted))
+        scale = context.profile.margin_scale
+        scaled = f"; times {scale:g} in the {context.profile.name} profile"
+        margin_from = check.margin_from + (scaled if check.kind == "statistical" and scale != 1 else "")
         checks.append(
-            CheckEvidence(check.name, check.kind, check.question, check.margin_from, check.coordinates, tuple(readings))
+            CheckEvidence(check.name, check.kind, check.question, margin_from, check.coordinates, tuple(readings))
         )
     figures = claim.figures(context.at(claim.id, "figures"))
     verdict, as_recorded = settle(claim.printed, tuple(checks))
