@@ -148,9 +148,13 @@ def _report(options: argparse.Namespace) -> int:
     else:
         whole, folder = load(options.run), options.out or options.run
     _check_writable(folder)
+    from rich.console import Console
+
     from reports.report import write_report
 
-    for path in write_report(whole, folder):
+    with Console(stderr=True).status(f"setting {len(whole.evidence)} claims as a page and as a paper"):
+        written = write_report(whole, folder)
+    for path in written:
         print(path)
     return 0
 

@@ -1,1 +1,1 @@
-"""The claims: one file per chapter, each claim with its source, its checks and its planted errors."""
+"""The claims, chapter by chapter: each claim with its source, its checks and its planted errors."""

@@ -228,4 +228,4 @@ LEARNED_CHAIN = Claim(
     figures=lambda context: (cloud_figure(context),),
 )
 
-LEARNED: tuple[Claim, ...] = (EXACT_SCORE, LEARNED_CHAIN)
+CLAIMS: tuple[Claim, ...] = (EXACT_SCORE, LEARNED_CHAIN)

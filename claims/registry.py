@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import difflib
 
-from claims import estimators, foundations, verifier
+from claims import biases, estimators, foundations, learned, released, variances, verifier
 from claims.claim import Claim
 from verdicts.ledger import Ledger
 
-CHAPTERS: tuple[Claim, ...] = (*foundations.CLAIMS, *estimators.CLAIMS)
+CHAPTERS: tuple[Claim, ...] = (
+    *foundations.CLAIMS,
+    *estimators.CLAIMS,
+    *biases.CLAIMS,
+    *released.CLAIMS,
+    *learned.CLAIMS,
+    *variances.CLAIMS,
+)
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))
 BY_ID: dict[str, Claim] = {claim.id: claim for claim in CLAIMS}
 

@@ -1,4 +1,4 @@
-"""Chapter *Estimators*, second part: variance, cost and memory of the estimators, and what was printed about them."""
+"""Chapter *Estimators*, continued: variance, cost and memory of the estimators, and what was printed about them."""
 
 from __future__ import annotations
 
