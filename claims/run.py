@@ -58,7 +58,8 @@ def run(
     `on_start` is called once nothing stands in the way of measuring, `on_done` with every claim's evidence.
 
     Raises:
-        ValueError: if `resume` meets a run with another seed or profile, or the `cluster` cannot be connected to.
+        ValueError: if the folder's evidence belongs to no run, if `resume` meets a run with another seed or profile,
+            or if the `cluster` cannot be connected to.
         CorruptEvidence: if a file that should be resumed cannot be read.
         OSError: if the folder cannot be written.
     """
@@ -83,7 +84,10 @@ def _run(
     settings.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     earlier = _resumable(settings) if resume else {}
-    for file in _evidence_files(settings.folder):
+    found = _evidence_files(settings.folder)
+    if found and not (settings.folder / "run.json").exists():
+        raise ValueError(f"{found[0].parent} holds files that belong to no run: name another folder")
+    for file in found:
         if file.stem not in earlier:  # nothing that was not measured by this run may stand under its provenance
             file.unlink()
     done = {claim.id: earlier[claim.id] for claim in claims if claim.id in earlier}

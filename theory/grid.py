@@ -25,7 +25,8 @@ def step_gradients(
     """Exact g_t = d E[R(x_0)] / d theta_t of a one-dimensional chain, shape (T, p); index 0 is step t = 1.
 
     The grid has `points` points on [-half_width, half_width]; mass outside is lost, so take it wide. Raises ValueError
-    unless there is one positive std per mean, half_width is positive and points is at least 3.
+    unless there is one positive std per mean, half_width is positive, and points are at least 3 and so many that their
+    spacing is at most half of every std.
 
     >>> shift = lambda x: (0.5 * x + 2.0, np.ones((len(x), 1)))  # x_0 = x_1 / 2 + theta + eps / 2 at theta = 2
     >>> step_gradients([shift], [0.5], lambda x: x**2, 12.0, 801).round(10)
@@ -39,6 +40,10 @@ def step_gradients(
     checked.count("points", points, 3)
     x = np.linspace(-half_width, half_width, points)
     spacing = float(x[1] - x[0])
+    if spacing > min(stds) / 2:
+        raise ValueError(
+            f"points = {points}: the spacing {spacing:.3g} must not exceed half of the least std {min(stds):g}"
+        )
     steps = [mean(x) for mean in means]
     kernels = [_kernel(x, mean, std, spacing) for (mean, _), std in zip(steps, stds, strict=True)]
 

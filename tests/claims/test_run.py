@@ -298,3 +298,13 @@ def test_cluster_that_is_not_there_is_refused_before_anything_is_deleted(
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot connect to a Dask cluster at 'nowhere'" in line
     assert times(tmp_path) == before
+
+
+def test_a_folder_with_files_of_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    stranger = tmp_path / "claims" / "notes.json"
+    stranger.parent.mkdir()
+    stranger.write_text("{}")
+    with pytest.raises(ValueError, match="holds files that belong to no run"):
+        run((EXACT,), Settings(0, "smoke", tmp_path), 1, resume=False)
+    assert stranger.read_text() == "{}"
+    assert not (tmp_path / "run.json").exists()

@@ -134,3 +134,11 @@ def test_bad_input_is_refused(change: dict[str, object], text: str) -> None:
     arguments = {"means": linear_means(N), "stds": STD.tolist(), "reward": np.sin, "half_width": 9.0, "points": 101}
     with pytest.raises(ValueError, match=text):
         step_gradients(**(arguments | change))
+
+
+def test_a_grid_too_coarse_for_a_step_is_refused() -> None:
+    def shift(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return x, np.ones((len(x), 1))
+
+    with pytest.raises(ValueError, match="points = 41: the spacing 0.5 must not exceed half of the least std 0.5"):
+        step_gradients([shift, shift], [2.0, 0.5], lambda x: x, 10.0, 41)
