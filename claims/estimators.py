@@ -32,8 +32,8 @@ from claims.problems import (
     exact_on_both,
     gradient_of,
     lazily,
-    negated,
     sampled,
+    scaled,
     step_gradients_of,
     truth_on_both,
 )
@@ -267,7 +267,7 @@ HALF_ORDER = Claim(
             BOTH,
             subject=exact_on_both(lambda steps: credits.half_order(steps, 2)),
             reference=truth_on_both,
-            printed=exact_on_both(lambda steps: negated(credits.half_order(steps, 2))),
+            printed=exact_on_both(lambda steps: scaled(credits.half_order(steps, 2), -1)),
             controls={"overlapping blocks": exact_on_both(overlapping)},
         ),
         *(
@@ -280,7 +280,9 @@ HALF_ORDER = Claim(
                 margin=MARGIN_BILINEAR,
                 margin_from=FROM_BILINEAR,
                 kurtosis=kurtosis(4),
-                printed=lazily(lambda h=h: sampled(bilinear(), Estimator("minus", negated(credits.half_order(3, h))))),
+                printed=lazily(
+                    lambda h=h: sampled(bilinear(), Estimator("minus", scaled(credits.half_order(3, h), -1)))
+                ),
                 controls={"overlapping blocks": lazily(lambda: sampled(bilinear(), Estimator("o", overlapping(3))))},
             )
             for h in (1, 2, 3)
@@ -309,8 +311,7 @@ class SharedNoise(Estimator):
 def zeroth(shared: bool = False, scale: float = 1.0) -> Estimator:
     """Antithetic zeroth order on BLN, or a planted error of it."""
     kind = SharedNoise if shared else Estimator
-    w = credits.zeroth_order(3)
-    return kind("zeroth", Credit(scale * w.matrices, w.probabilities), ParameterNoise(MU), flips=("parameters",))
+    return kind("zeroth", scaled(credits.zeroth_order(3), scale), ParameterNoise(MU), flips=("parameters",))
 
 
 ZEROTH_ORDER = Claim(

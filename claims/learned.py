@@ -11,11 +11,11 @@ import torch
 from algorithms import estimators as named
 from algorithms.baselines import Learned
 from algorithms.chain import Params, rollout
-from algorithms.credit import Credit
 from algorithms.estimators import Estimator, with_baseline
 from algorithms.objective import Objective
 from claims.claim import Check, Claim, Context
 from claims.judges import SampledMean, Sampler, has_mean
+from claims.problems import CHAPTER, scaled
 from claims.records import Figure, Series
 from theory import grid, schedules
 from theory.mixture import GaussianMixture
@@ -27,7 +27,6 @@ from toy.rewards import Bump, Indicator, Kink, Sine
 from verdicts.means import MeanResult
 from verdicts.streams import Stream
 
-CHAPTER = "Estimators"
 STEPS = 5
 
 REWARDS = {
@@ -81,9 +80,9 @@ def mixture_samples(estimator: Estimator, reward: str) -> Sampler:
     return gradients(chain, params, Objective(REWARDS[reward][0]), estimator)
 
 
-def scaled(estimator: Estimator, by: float) -> Estimator:
-    credit = estimator.credit
-    return Estimator("scaled", Credit(by * credit.matrices, credit.probabilities))
+def times(estimator: Estimator, by: float) -> Estimator:
+    """Planted error: the estimate multiplied by a number."""
+    return Estimator("scaled", scaled(estimator.credit, by))
 
 
 def _mixture_check(reward: str, estimator: Estimator, control: Estimator, what: str) -> Check:
@@ -115,15 +114,15 @@ EXACT_SCORE = Claim(
     checks=(
         _mixture_check("oscillating", named.first_order(STEPS), named.truncated(STEPS, STEPS - 1), "last step dropped"),
         _mixture_check("kinked", named.first_order(STEPS), named.truncated(STEPS, STEPS - 2), "last two steps dropped"),
-        _mixture_check("kinked", named.half_order(STEPS, 2), scaled(named.half_order(STEPS, 2), -1), "sign flipped"),
+        _mixture_check("kinked", named.half_order(STEPS, 2), times(named.half_order(STEPS, 2), -1), "sign flipped"),
         _mixture_check(
             "black box",
             named.half_order(STEPS, 3),
-            scaled(named.half_order(STEPS, 3), 1.5),
+            times(named.half_order(STEPS, 3), 1.5),
             "a block counted 1.5 times",
         ),
         _mixture_check(
-            "black box", named.policy_gradient(STEPS), scaled(named.policy_gradient(STEPS), -1), "sign flipped"
+            "black box", named.policy_gradient(STEPS), times(named.policy_gradient(STEPS), -1), "sign flipped"
         ),
     ),
 )
@@ -222,7 +221,7 @@ LEARNED_CHAIN = Claim(
         ),
         _learned_check(
             named.policy_gradient(LEARNED_STEPS),
-            {"sign flipped": scaled(named.policy_gradient(LEARNED_STEPS), -1.0)},
+            {"sign flipped": times(named.policy_gradient(LEARNED_STEPS), -1.0)},
         ),
     ),
     figures=lambda context: (cloud_figure(context),),

@@ -79,5 +79,6 @@ def truth_on_both() -> np.ndarray:
     return both(gradient_of(additive()), gradient_of(bilinear()))
 
 
-def negated(credit: Credit) -> Credit:
-    return Credit(-credit.matrices, credit.probabilities)
+def scaled(credit: Credit, by: float) -> Credit:
+    """Every weight multiplied by a number: -1 flips the sign of the scores."""
+    return Credit(by * credit.matrices, credit.probabilities)

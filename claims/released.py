@@ -27,8 +27,8 @@ from claims.problems import (
     exact_mean,
     gradient_of,
     lazily,
-    negated,
     sampled,
+    scaled,
     step_gradients_of,
 )
 from theory import chains, variance
@@ -351,7 +351,9 @@ LOG_PROB_MEAN = Claim(
             margin_from=FROM_ADDITIVE,
             kurtosis=kurtosis(3),
             controls={
-                "sign flipped": lazily(lambda: sampled(additive(), Estimator("-", negated(credits.policy_gradient(4)))))
+                "sign flipped": lazily(
+                    lambda: sampled(additive(), Estimator("-", scaled(credits.policy_gradient(4), -1)))
+                )
             },
         ),
     ),

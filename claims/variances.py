@@ -17,28 +17,23 @@ from algorithms.estimators import Estimator, antithetic
 from algorithms.objective import Objective
 from claims.claim import Claim
 from claims.judges import Sampler, at_least, equals, has_mean
+from claims.problems import CHAPTER, additive, gradient_of
 from claims.records import Figure, Series
-from theory import chains, instances, variance
+from theory import chains, variance
 from theory.credit import Moments, credit_moments
 from theory.polynomials import Variables, moments
 from toy.experiments import Block, gradients, mapped
-from toy.linear_gaussian import LinearGaussian, Problem
+from toy.linear_gaussian import LinearGaussian
 from toy.memory import peak_saved_bytes
 from toy.rewards import Sine
 from verdicts.means import gaussian_polynomial_kurtosis as kurtosis
 from verdicts.streams import Stream
 
-CHAPTER = "Estimators"
-
-
-@cache
-def additive() -> tuple[chains.LinearGaussianChain, chains.QuadraticReward]:
-    return instances.additive_instance()
-
 
 def exact(credit: Credit, **options: Any) -> Moments:
     """Exact moments of an estimator on LG1."""
-    return credit_moments(*additive(), credit.outcomes, **options)
+    problem = additive()
+    return credit_moments(problem.exact_chain, problem.exact_reward, credit.outcomes, **options)
 
 
 # --- Proposition 4.2 ---------------------------------------------------------------------------------------------
@@ -491,7 +486,9 @@ ANTITHETIC = Claim(
             "Is μ² Var of the one-sided estimate at μ = 1e-3 equal to T p E[R²], to six digits?",
             ("μ² Var",),
             subject=lambda: np.array([1e-6 * _zeroth(1e-3)]),
-            reference=lambda: np.array([4 * 2 * float(chains.second_moment_reward(*additive()))]),
+            reference=lambda: np.array(
+                [4 * 2 * float(chains.second_moment_reward(additive().exact_chain, additive().exact_reward))]
+            ),
             controls={
                 "baseline E R": lambda: np.array([1e-6 * _zeroth(1e-3, baseline=0.8686882378)]),
                 "antithetic pair": lambda: np.array([1e-6 * _zeroth(1e-3, antithetic=True)]),
@@ -529,7 +526,7 @@ def pair_variance() -> float:
     Given the chain's noise the pair is (sum_t G_t . xi_t) sum_t xi_t, a difference quotient of a quadratic, with G_t the
     pathwise gradient of step t.
     """
-    chain, reward = additive()
+    chain, reward = additive().exact_chain, additive().exact_reward
     means, covs = chains.marginals(chain)
     slope = reward.linear + reward.quadratic @ means[0]
     second = np.outer(slope, slope) + reward.quadratic @ covs[0] @ reward.quadratic  # E[grad R grad R']
@@ -550,8 +547,8 @@ def _zeroth(mu: float, **options: Any) -> float:
 
 def pair_squares(common: bool = True) -> Sampler:
     """Squared deviations of antithetic zeroth-order estimates on LG1, with common or independent chain noise."""
-    problem = Problem.of(additive())
-    mean = chains.gradient(*additive())
+    problem = additive()
+    mean = gradient_of(problem)
     single = named.zeroth_order(4, 0.25)
     if common:
         estimator = antithetic(single, "parameters")
@@ -610,7 +607,8 @@ def _spsa_polynomial(signs: bool) -> np.ndarray:
 
 def second_moments(estimator: Estimator, scale: float = 1.0) -> Sampler:
     """Products of deviations (g_1^2, g_1 g_2, g_2^2) of sampled estimates on LG1 from the exact gradient."""
-    problem, mean = Problem.of(additive()), chains.gradient(*additive())
+    problem = additive()
+    mean = gradient_of(problem)
 
     def products(g: np.ndarray) -> np.ndarray:
         d = scale * (g - mean)
