@@ -827,8 +827,8 @@ ONE_SIDED = Claim(
             ("μ² E |estimate|²",),
             subject=lazily(lambda: scaled_squares(one_sided(blocks(2)))),
             reference=lambda: np.array([PAPER_MU**2 * (on_lg1(blocks(2), PAPER_MU) + np.sum(gradient_of(additive()) ** 2))]),
-            margin=0.1,
-            margin_from="0.1, 6 % of the value; declared before sampling",
+            margin=0.05,
+            margin_from="0.05, 3 % of the value; declared before sampling",
             # The square of a quadratic of the chain's noise times a chi-square: 1370 by quadrature. Declared, not a
             # theorem's bound: 1500.
             kurtosis=1500,

@@ -189,7 +189,7 @@ def causal_optimum(baseline: float) -> float:
     return variance_on_additive(fitted(4, True, baseline), baseline)
 
 
-SHIFTS = (-10, -3, -0.3, 0.3, 3, 10)
+SHIFTS = (-10, -3, -1, -0.3, 0.3, 1, 3, 10)
 
 CONTROL_VARIATES = Claim(
     id="rlr.control-variates",
@@ -214,10 +214,10 @@ CONTROL_VARIATES = Claim(
         ),
         at_least(
             "J is the worst baseline for it",
-            "Is the least variance at baseline J at least the one at six other baselines?",
+            "Is the least variance at baseline J at least the one at eight other baselines?",
             tuple(f"baseline J {shift:+g}" for shift in SHIFTS),
-            subject=lambda: (np.full(6, causal_optimum(J)), np.array([causal_optimum(J + s) for s in SHIFTS])),
-            controls={"baseline 0 for J": lambda: (np.full(6, causal_optimum(0.0)), np.array([causal_optimum(J + s) for s in SHIFTS]))},
+            subject=lambda: (np.full(len(SHIFTS), causal_optimum(J)), np.array([causal_optimum(J + s) for s in SHIFTS])),
+            controls={"baseline 0 for J": lambda: (np.full(len(SHIFTS), causal_optimum(0.0)), np.array([causal_optimum(J + s) for s in SHIFTS]))},
             tolerance=1e-9,
         ),
     ),

@@ -191,9 +191,12 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def swiss_roll(reward: str, root: Stream, cache: Path) -> Problem:
-    """Return the task: the swiss-roll sampler of ten steps that this root seed trains, and one of `REWARDS`."""
-    schedule = schedules.linear(10, 0.05, 0.5)
+def swiss_roll(reward: str, root: Stream, cache: Path, steps: int = 10) -> Problem:
+    """Return the task: the swiss-roll sampler that this root seed trains, and one of `REWARDS`.
+
+    The schedule suits ten steps; with more of them each adds in proportion less noise.
+    """
+    schedule = schedules.linear(steps, 0.05, 0.5) if steps <= 10 else schedules.linear(steps, 0.5 / steps, 7.5 / steps)
     chain, params = train("swiss_roll", schedule, root.child("toy", "ddpm"), cache, width=24)
     return Problem(chain, params, Objective(REWARDS[reward]))
 
