@@ -11,9 +11,9 @@ written g_t, and the gradient of the objective is their sum over t. Batches have
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,14 @@ def for_reward(condition: Condition) -> Tensor | None:
     return condition.reward if isinstance(condition, StepConditions) else condition
 
 
+def of_samples(condition: Condition, samples: slice | Tensor) -> Condition:
+    """Return the condition of some of the samples."""
+    if isinstance(condition, StepConditions):
+        reward = None if condition.reward is None else condition.reward[samples]
+        return StepConditions(condition.steps[:, samples], reward)
+    return None if condition is None else condition[samples]
+
+
 class Chain(Protocol):
     """A Markov chain with Gaussian steps, functional in its parameters.
 
@@ -86,12 +94,17 @@ class Chain(Protocol):
 class ParameterNoise:
     """Perturbation theta_t + std * xi_t of the parameters, drawn afresh for every step and sample.
 
+    Attributes:
+        redrawn: keep seeds instead of the noise, and draw it again whenever it is used: the noise of a large network is
+            T x n times its trained parameters.
+
     Raises:
         ValueError: if std is not positive or the kind is unknown.
     """
 
     std: float
     kind: Literal["gaussian", "rademacher"] = "gaussian"
+    redrawn: bool = False
 
     def __post_init__(self) -> None:
         if not self.std > 0:
@@ -101,10 +114,42 @@ class ParameterNoise:
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
         """Draw unit-variance noise of the given shape."""
-        options = {"generator": generator, "dtype": like.dtype, "device": like.device}
+        options = {"generator": generator, "dtype": like.dtype, "device": generator.device}
         if self.kind == "gaussian":
-            return torch.randn(shape, **options)
-        return 2.0 * torch.randint(0, 2, shape, **options) - 1.0
+            return torch.randn(shape, **options).to(like.device)
+        return (2.0 * torch.randint(0, 2, shape, **options) - 1.0).to(like.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Redrawn:
+    """Unit noise (T, n, *shape) on one parameter, drawn again from its seeds at every use.
+
+    It offers what is asked of a stored tensor: step t's noise `[t - 1]`, that of some samples `[:, samples]`, and `-`.
+
+    Attributes:
+        seeds: (T, n), one for every step and sample.
+        like: the parameter, for its shape, dtype and device.
+    """
+
+    source: ParameterNoise
+    seeds: Tensor
+    like: Tensor
+    sign: float = 1.0
+
+    def __getitem__(self, index: int | tuple[slice, slice | Tensor]) -> Any:
+        if not isinstance(index, int):
+            return replace(self, seeds=self.seeds[index])
+        generator = torch.Generator()
+        drawn = []
+        for seed in self.seeds[index].tolist():
+            drawn.append(self.source.draw(tuple(self.like.shape), generator.manual_seed(seed), self.like))
+        return self.sign * torch.stack(drawn)
+
+    def __neg__(self) -> Redrawn:
+        return replace(self, sign=-self.sign)
+
+
+UnitNoise = Mapping[str, Tensor] | Mapping[str, Redrawn]
 
 
 @dataclass(frozen=True)
@@ -115,17 +160,22 @@ class Noise:
         initial: (n, *shape), mapped to x_T by the chain.
         steps: (T, n, *shape); `steps[t - 1]` is eps_t.
         outcome: (n,) index of each sample's credit matrix.
-        parameters: unit noise xi, one (T, n, *parameter shape) tensor per parameter, or None.
+        parameters: unit noise xi, one (T, n, *parameter shape) tensor (or `Redrawn`) per parameter, or None.
     """
 
     initial: Tensor
     steps: Tensor
     outcome: Tensor
-    parameters: Params | None = None
+    parameters: UnitNoise | None = None
 
     @property
     def samples(self) -> int:
         return self.initial.shape[0]
+
+    def of(self, samples: slice | Tensor) -> Noise:
+        """Return the noise of some of the roll-outs."""
+        unit = None if self.parameters is None else {k: xi[:, samples] for k, xi in self.parameters.items()}
+        return Noise(self.initial[samples], self.steps[:, samples], self.outcome[samples], unit)
 
     def flip(self, over: Literal["parameters", "chain"]) -> Noise:
         """Return the antithetic copy: the sign of the parameter noise, or of all of the chain's noise, reversed."""
@@ -142,6 +192,13 @@ class Rollout:
 
     latents: Tensor
     costs: Tensor
+
+    @classmethod
+    def join(cls, parts: list[Rollout]) -> Rollout:
+        """Return the roll-outs of all parts as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([p.latents for p in parts], 1), torch.cat([p.costs for p in parts], 1))
 
 
 def rollout(
@@ -170,7 +227,7 @@ class Perturbation:
     """Parameter offsets std * xi_t of each sample, and a mask (T, n) of the steps at which they are applied."""
 
     std: float
-    unit: Params
+    unit: UnitNoise
     active: Tensor
 
     def at(self, params: Params, t: int) -> Params:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from algorithms import credit as credits
 from algorithms.baselines import Baseline, Constant
-from algorithms.chain import Chain, Condition, Noise, ParameterNoise, Params
+from algorithms.chain import Chain, Condition, Noise, ParameterNoise, Params, Redrawn, UnitNoise, of_samples
 from algorithms.credit import Credit
+from algorithms.division import WHOLE, Division
 from algorithms.objective import Objective
 from algorithms.sweep import Accumulate, Directional, PerSample, Readout, sweep
 
@@ -47,19 +48,23 @@ class Estimator:
             raise ValueError(f"{self.name}: parameter_noise must be given exactly if the last column is used")
 
     def draw(self, chain: Chain, params: Params, samples: int, generator: torch.Generator) -> Noise:
-        """Draw all randomness of `samples` roll-outs."""
+        """Draw all randomness of `samples` roll-outs on the generator's device, and put it on the parameters'."""
         like = next(iter(params.values()))
-        options = {"generator": generator, "dtype": like.dtype, "device": like.device}
-        initial = torch.randn(samples, *chain.shape, **options)
-        steps = torch.randn(chain.steps, samples, *chain.shape, **options)
+        options = {"generator": generator, "dtype": like.dtype, "device": generator.device}
+        initial = torch.randn(samples, *chain.shape, **options).to(like.device)
+        steps = torch.randn(chain.steps, samples, *chain.shape, **options).to(like.device)
         outcome = self.credit.draw(samples, generator)
-        unit = None
-        if self.parameter_noise is not None:
-            unit = {
-                name: self.parameter_noise.draw((chain.steps, samples, *p.shape), generator, p)
-                for name, p in params.items()
-            }
-        return Noise(initial, steps, outcome, unit)
+        return Noise(initial, steps, outcome, self._draw_unit(chain, params, samples, generator))
+
+    def _draw_unit(self, chain: Chain, params: Params, samples: int, generator: torch.Generator) -> UnitNoise | None:
+        source = self.parameter_noise
+        if source is None:
+            return None
+        if not source.redrawn:
+            return {name: source.draw((chain.steps, samples, *p.shape), generator, p) for name, p in params.items()}
+        seeds = torch.randint(2**62, (len(params), chain.steps, samples), generator=generator, device=generator.device)
+        pairs = zip(seeds.cpu(), params.items(), strict=True)
+        return {name: Redrawn(source, own, p.detach()) for own, (name, p) in pairs}
 
     def per_sample(
         self, chain: Chain, params: Params, objective: Objective, noise: Noise, condition: Condition = None
@@ -84,14 +89,24 @@ class Estimator:
         return readout.total / copies
 
     def accumulate(
-        self, chain: Chain, params: Params, objective: Objective, noise: Noise, condition: Condition = None
+        self,
+        chain: Chain,
+        params: Params,
+        objective: Objective,
+        noise: Noise,
+        condition: Condition = None,
+        division: Division = WHOLE,
     ) -> Tensor:
         """Add the batch mean of the estimates to the parameters' `.grad` (the direction of ascent).
 
-        Returns the returns of all roll-outs, those of antithetic copies after the others'.
+        `noise` and `condition` are the whole batch's; where `division` shares it with other processes, only this one's
+        share of the mean is added. Returns the returns of all roll-outs of the share, those of antithetic copies after
+        the others'.
         """
+        own = division.own(noise.samples)
         readout = Accumulate(params, noise.samples)
-        returns = self._run(chain, params, objective, noise, condition, readout)
+        arguments = (chain, params, objective, noise.of(own), of_samples(condition, own), readout, division)
+        returns = self._run(*arguments)
         for name, p in params.items():
             grad = readout.total[name] / len(returns)
             p.grad = grad if p.grad is None else p.grad + grad
@@ -105,6 +120,7 @@ class Estimator:
         noise: Noise,
         condition: Condition,
         readout: Readout,
+        division: Division = WHOLE,
     ) -> list[Tensor]:
         """Sweep over the noise and its antithetic copies; return the returns of each."""
         fixed = {name: p.detach() for name, p in params.items()}
@@ -113,7 +129,8 @@ class Estimator:
             copies += [copy.flip(flip) for copy in copies]
         std = 0.0 if self.parameter_noise is None else self.parameter_noise.std
         return [
-            sweep(chain, fixed, objective, self.credit, self.baseline, std, copy, condition, readout) for copy in copies
+            sweep(chain, fixed, objective, self.credit, self.baseline, std, copy, condition, readout, division)
+            for copy in copies
         ]
 
 
@@ -137,6 +154,13 @@ def antithetic(estimator: Estimator, over: Flip) -> Estimator:
     if over == "parameters" and estimator.parameter_noise is None:
         raise ValueError(f"{estimator.name} has no parameter noise to be antithetic over")
     return replace(estimator, name=f"{estimator.name}, antithetic", flips=(*estimator.flips, over))
+
+
+def with_redrawn_noise(estimator: Estimator) -> Estimator:
+    """Return `estimator` with its parameter noise, if any, drawn again at every use instead of kept."""
+    if estimator.parameter_noise is None:
+        return estimator
+    return replace(estimator, parameter_noise=replace(estimator.parameter_noise, redrawn=True))
 
 
 def first_order(steps: int) -> Estimator:

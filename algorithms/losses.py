@@ -23,10 +23,12 @@ from algorithms.chain import (
     Rollout,
     at_step,
     for_reward,
+    of_samples,
     positive_std,
     rollout,
     step_mean,
 )
+from algorithms.division import WHOLE, Division
 from algorithms.estimators import policy_gradient, truncated
 from algorithms.objective import Objective
 
@@ -36,7 +38,7 @@ STD_FLOOR = 1e-8
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """Roll-outs of one setting of the parameters, to be gone over again with others.
+    """Roll-outs of one setting of the parameters, to be gone over again with others; this process's share of a batch.
 
     Attributes:
         rewards: (n,).
@@ -50,26 +52,48 @@ class Trajectories:
     roll: Rollout
     rewards: Tensor
     log_probs: Tensor
+    division: Division
 
     @classmethod
-    def of(cls, chain: Chain, params: Params, objective: Objective, noise: Noise, condition: Condition) -> Trajectories:
-        """Roll out without a graph; the log-densities come from the roll-out's own means, at no further evaluation.
+    def of(
+        cls,
+        chain: Chain,
+        params: Params,
+        objective: Objective,
+        noise: Noise,
+        condition: Condition,
+        division: Division = WHOLE,
+    ) -> Trajectories:
+        """Roll out a share of a batch's noise, without a graph.
+
+        The log-densities come from the roll-out's own means, at no further evaluation of the network.
 
         Raises:
             ValueError: if a step has std = 0, so that it has no density.
         """
         stds = [positive_std(chain, t) for t in range(1, chain.steps + 1)]
-        fixed, means = {name: p.detach() for name, p in params.items()}, []
+        fixed = {name: p.detach() for name, p in params.items()}
+        share = division.own(noise.samples)
+        noise, condition = noise.of(share), of_samples(condition, share)
+        rolls, rewards, log_probs = [], [], []
+        for part in division.pieces(noise.samples):
+            own, means = of_samples(condition, part), []
 
-        def cost(mean: Tensor, x: Tensor, t: int) -> Tensor | None:
-            means.append(mean)
-            return objective.cost(chain, mean, x, t, at_step(condition, t))
+            def cost(
+                mean: Tensor, x: Tensor, t: int, own: Condition = own, means: list[Tensor] = means
+            ) -> Tensor | None:
+                means.append(mean)
+                return objective.cost(chain, mean, x, t, at_step(own, t))
 
-        roll = rollout(chain, fixed, noise, condition, cost=cost)
-        with torch.no_grad():
-            rewards = objective.reward(roll.latents[0], for_reward(condition))
-        log_probs = [_log_density(m, x, s) for m, x, s in zip(means[::-1], roll.latents, stds, strict=False)]
-        return cls(chain, objective, condition, roll, rewards, torch.stack(log_probs))
+            roll = rollout(chain, fixed, noise.of(part), own, cost=cost)
+            with torch.no_grad():
+                rewards.append(objective.reward(roll.latents[0], for_reward(own)))
+            densities = [_log_density(m, x, s) for m, x, s in zip(means[::-1], roll.latents, stds, strict=False)]
+            log_probs.append(torch.stack(densities))
+            rolls.append(roll)
+        return cls(
+            chain, objective, condition, Rollout.join(rolls), torch.cat(rewards), torch.cat(log_probs, 1), division
+        )
 
     @property
     def returns_after(self) -> Tensor:
@@ -81,23 +105,31 @@ class Trajectories:
         """(n,): the reward less all costs."""
         return self.rewards - self.roll.costs.sum(0)
 
-    def ascend(
-        self, params: Params, samples: slice | Tensor, value: Callable[[int, Tensor, Tensor | None], Tensor]
-    ) -> None:
-        """Add the gradient of mean over `samples`, sum over t of value(t, log-density, cost) to the `.grad`s.
+    def ascend(self, params: Params, samples: Tensor | None, value: Value, count: int) -> None:
+        """Set the `.grad`s to the gradient of 1 / count * sum over `samples` and t of value, over all processes.
 
-        Steps are taken one at a time, so memory is one step's activations, whatever T is.
+        Steps, and micro-batches of a step, are taken one at a time, so memory is one step's activations, whatever T is.
+
+        Args:
+            samples: which of this process's samples; None for all of them.
         """
+        pieces = self.division.pieces(len(self.rewards) if samples is None else len(samples))
         for t in range(1, self.chain.steps + 1):
-            x, x_next = self.roll.latents[t][samples], self.roll.latents[t - 1][samples]
-            own = at_step(self.condition, t)
-            own = None if own is None else own[samples]
-            leaves = _leaves(params)
-            with torch.enable_grad():
-                mean = step_mean(self.chain, leaves, x, t, own)
-                log_prob = _log_density(mean, x_next, positive_std(self.chain, t))
-                total = value(t, log_prob, self.objective.cost(self.chain, mean, x, t, own)).mean()
-            _add_gradient(params, leaves, total)
+            own, std = at_step(self.condition, t), positive_std(self.chain, t)
+            for piece in pieces:
+                part = piece if samples is None else samples[piece]
+                x, x_next, leaves = self.roll.latents[t][part], self.roll.latents[t - 1][part], _leaves(params)
+                told = None if own is None else own[part]
+                with torch.enable_grad():
+                    mean = step_mean(self.chain, leaves, x, t, told)
+                    log_prob = _log_density(mean, x_next, std)
+                    each = value(t, part, log_prob, self.objective.cost(self.chain, mean, x, t, told))
+                _add_gradient(params, leaves, each.sum() / count)
+        self.division.add_gradients(params)
+
+
+Value = Callable[[int, "slice | Tensor", Tensor, "Tensor | None"], Tensor]
+"""value(t, samples, log-density of x_{t-1} given x_t, running cost) -> (len(samples),)."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +162,7 @@ class PPO:
     minibatches: int = 1
     advantage: Literal["standardised", "leave-one-out"] = "standardised"
     group: int | None = None
+    division: Division = WHOLE
 
     def __post_init__(self) -> None:
         if not 0 < self.clip < 1:
@@ -157,42 +190,43 @@ class PPO:
         if self.minibatches > samples:
             raise ValueError(f"minibatches must be <= samples = {samples}, got {self.minibatches}")
         noise = policy_gradient(chain.steps).draw(chain, params, samples, generator)
-        batch = Trajectories.of(chain, params, objective, noise, condition)
-        advantages, scale = self._advantages(batch, size)
-        for _ in range(self.epochs):
-            for part in self._parts(samples, generator):
-                batch.ascend(params, part, self._surrogate(batch, part, advantages, scale))
-                yield batch.returns
+        batch = Trajectories.of(chain, params, objective, noise, condition, self.division)
+        advantages, scale = self._advantages(batch, samples, size)
+        returns = self.division.gather(batch.returns)
 
-    def _parts(self, samples: int, generator: torch.Generator) -> list[slice | Tensor]:
-        if self.minibatches == 1:
-            return [slice(None)]  # in the order drawn: the means are then recomputed to the last bit
-        order = torch.randperm(samples, generator=generator, device=generator.device)
-        return list(order.tensor_split(self.minibatches))
-
-    def _advantages(self, batch: Trajectories, size: int) -> tuple[Tensor, Tensor]:
-        """Return the advantages (T, n), and each sample's scale (n,), which its running costs are divided by too."""
-        after = batch.returns_after
-        if self.advantage == "leave-one-out":
-            baseline = LeaveOneOut(size)
-            others = [
-                baseline(row, x, t) for t, (row, x) in enumerate(zip(after, batch.roll.latents[1:], strict=True), 1)
-            ]
-            return after - torch.stack(others), torch.ones_like(batch.rewards)
-        mean = after.reshape(len(after), -1, size).mean(2).repeat_interleave(size, 1)
-        std = batch.returns.reshape(-1, size).std(1, correction=0).repeat_interleave(size)
-        return (after - mean) / (std + STD_FLOOR), std + STD_FLOOR
-
-    def _surrogate(
-        self, batch: Trajectories, part: slice | Tensor, advantages: Tensor, scale: Tensor
-    ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
-        def value(t: int, log_prob: Tensor, cost: Tensor | None) -> Tensor:
+        def surrogate(t: int, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
             ratio = torch.exp(log_prob - batch.log_probs[t - 1][part])
             a = advantages[t - 1][part]
             gain = torch.minimum(ratio * a, ratio.clamp(1 - self.clip, 1 + self.clip) * a)
             return gain if cost is None else gain - cost / scale[part]
 
-        return value
+        for _ in range(self.epochs):
+            for part, count in self._parts(samples, generator):
+                batch.ascend(params, part, surrogate, count)
+                yield returns
+
+    def _parts(self, samples: int, generator: torch.Generator) -> list[tuple[Tensor | None, int]]:
+        """Return the minibatches: which of this process's samples are in it, and how many of all processes'."""
+        if self.minibatches == 1:
+            return [(None, samples)]  # in the order drawn: the means are then recomputed to the last bit
+        own, order = self.division.own(samples), torch.randperm(samples, generator=generator, device=generator.device)
+        parts = order.tensor_split(self.minibatches)
+        return [(part[(part >= own.start) & (part < own.stop)] - own.start, len(part)) for part in parts]
+
+    def _advantages(self, batch: Trajectories, samples: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return the advantages (T, n), and each sample's scale (n,), which its running costs are divided by too."""
+        after = batch.returns_after
+        if self.advantage == "leave-one-out":
+            baseline = self.division.baseline(LeaveOneOut(size))
+            others = [
+                baseline(row, x, t) for t, (row, x) in enumerate(zip(after, batch.roll.latents[1:], strict=True), 1)
+            ]
+            return after - torch.stack(others), torch.ones_like(batch.rewards)
+        own, everyone = self.division.own(samples), self.division.gather(after.T).T
+        mean = everyone.reshape(len(after), -1, size).mean(2).repeat_interleave(size, 1)[:, own]
+        returns = self.division.gather(batch.returns)
+        std = returns.reshape(-1, size).std(1, correction=0).repeat_interleave(size)[own]
+        return (after - mean) / (std + STD_FLOOR), std + STD_FLOOR
 
 
 @dataclass(frozen=True)
@@ -213,6 +247,7 @@ class DPOK:
     """
 
     baseline: Baseline = Constant(0.0)
+    division: Division = WHOLE
 
     def updates(
         self,
@@ -225,18 +260,20 @@ class DPOK:
     ) -> Iterator[Tensor]:
         """Give the gradient of ascent in the `.grad`s, and the batch's returns (n,)."""
         noise = policy_gradient(chain.steps).draw(chain, params, samples, generator)
-        batch = Trajectories.of(chain, params, objective, noise, condition)
+        batch = Trajectories.of(chain, params, objective, noise, condition, self.division)
+        baseline = self.division.baseline(self.baseline)
+        advantages = [batch.rewards - baseline(batch.rewards, x, t) for t, x in enumerate(batch.roll.latents[1:], 1)]
 
-        def value(t: int, log_prob: Tensor, cost: Tensor | None) -> Tensor:
-            gain = (batch.rewards - self.baseline(batch.rewards, batch.roll.latents[t], t)) * log_prob
+        def value(t: int, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
+            gain = advantages[t - 1][part] * log_prob
             return gain if cost is None else gain - cost
 
-        batch.ascend(params, slice(None), value)
-        yield batch.returns
+        batch.ascend(params, None, value, samples)
+        yield self.division.gather(batch.returns)
 
 
 @runtime_checkable
-class Renoising(Protocol):
+class Renoising(Chain, Protocol):
     """A chain that knows how to noise a sample back to where its last step starts."""
 
     def renoise(self, x0: Tensor, noise: Tensor) -> Tensor:
@@ -251,6 +288,10 @@ class RenoisedNoise:
     chain: Noise
     renoise: Tensor
     last: Tensor
+
+    def of(self, samples: slice) -> RenoisedNoise:
+        """Return the noise of some of the roll-outs."""
+        return RenoisedNoise(self.chain.of(samples), self.renoise[:, samples], self.last[:, samples])
 
 
 @dataclass(frozen=True)
@@ -273,6 +314,7 @@ class DraftLV:
     """
 
     copies: int
+    division: Division = WHOLE
 
     def __post_init__(self) -> None:
         if self.copies < 0:
@@ -281,18 +323,36 @@ class DraftLV:
     def draw(self, chain: Chain, params: Params, samples: int, generator: torch.Generator) -> RenoisedNoise:
         """Draw all randomness of `samples` roll-outs."""
         noise = truncated(chain.steps, 1).draw(chain, params, samples, generator)
-        options = {"generator": generator, "dtype": noise.initial.dtype, "device": noise.initial.device}
-        shape = (self.copies, *noise.initial.shape)
-        return RenoisedNoise(noise, torch.randn(shape, **options), torch.randn(shape, **options))
+        like, shape = noise.initial, (self.copies, *noise.initial.shape)
+        options = {"generator": generator, "dtype": like.dtype, "device": generator.device}
+        renoise, last = (torch.randn(shape, **options).to(like.device) for _ in range(2))
+        return RenoisedNoise(noise, renoise, last)
 
     def accumulate(
         self, chain: Chain, params: Params, objective: Objective, noise: RenoisedNoise, condition: Condition = None
     ) -> Tensor:
-        """Add the gradient of ascent to the `.grad`s, and return the returns of the roll-outs (n,)."""
+        """Add this process's share of the batch mean's gradient to the `.grad`s; return its roll-outs' returns (n,)."""
         if not objective.reward.differentiable:
             raise ValueError("DRaFT-LV needs a differentiable reward; this one is not")
         if not isinstance(chain, Renoising):
             raise ValueError(f"chain must have renoise(x0, noise) for DRaFT-LV, {type(chain).__name__} has not")
+        samples = noise.chain.samples
+        share = self.division.own(samples)
+        noise, condition = noise.of(share), of_samples(condition, share)
+        pieces = self.division.pieces(noise.chain.samples)
+        arguments = ((noise.of(piece), of_samples(condition, piece)) for piece in pieces)
+        return torch.cat([self._piece(chain, params, objective, n, c, samples) for n, c in arguments])
+
+    def _piece(
+        self,
+        chain: Renoising,
+        params: Params,
+        objective: Objective,
+        noise: RenoisedNoise,
+        condition: Condition,
+        samples: int,
+    ) -> Tensor:
+        """Do what `accumulate` does for some of the batch's `samples` samples."""
         fixed, own = {name: p.detach() for name, p in params.items()}, at_step(condition, 1)
 
         def cost(mean: Tensor, x: Tensor, t: int) -> Tensor | None:
@@ -310,7 +370,7 @@ class DraftLV:
                 charged = objective.cost(chain, mean, x, 1, own)
                 value = reward if charged is None else reward - charged
             rewards.append(reward.detach())
-            _add_gradient(params, leaves, value.mean() / len(starts))
+            _add_gradient(params, leaves, value.sum() / (samples * len(starts)))
         return rewards[0] - roll.costs.sum(0)
 
     def updates(
@@ -324,7 +384,9 @@ class DraftLV:
     ) -> Iterator[Tensor]:
         """Give the gradient of ascent in the `.grad`s, and the batch's returns (n,)."""
         noise = self.draw(chain, params, samples, generator)
-        yield self.accumulate(chain, params, objective, noise, condition)
+        returns = self.accumulate(chain, params, objective, noise, condition)
+        self.division.add_gradients(params)
+        yield self.division.gather(returns)
 
 
 def _log_density(mean: Tensor, x: Tensor, std: float) -> Tensor:

@@ -5,6 +5,9 @@ computed again with a graph; the costates in hand are mixed by row t of the matr
 parameters; each costate that a later row still needs is pulled back to x_t, the others are dropped. Peak memory is
 one step's activations plus the latents, whatever T is.
 
+A batch may be worked off in micro-batches: roll-out, reward and every step take a few samples at a time, while the
+baselines see all of them.
+
 A batch whose samples have different matrices (random truncation, a random block) visits a step with those samples only
 that need it: the cost is the one of the matrices, `Credit.calls`.
 
@@ -14,6 +17,7 @@ It is born at k: as the reward's gradient (k = 0, at step 1), or as (return afte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,13 +31,16 @@ from algorithms.chain import (
     Noise,
     Params,
     Perturbation,
+    Rollout,
     at_step,
     for_reward,
+    of_samples,
     positive_std,
     rollout,
     step_mean,
 )
 from algorithms.credit import Credit
+from algorithms.division import WHOLE, Division
 from algorithms.objective import Objective
 
 
@@ -72,8 +79,8 @@ class Readout(Protocol):
         """
         ...
 
-    def noise(self, coefficient: Tensor, unit: Params) -> None:
-        """Add sum_i coefficient_i * unit_i, the parameter-noise column's share."""
+    def noise(self, coefficient: Tensor, unit: Params, samples: slice) -> None:
+        """Add sum_i coefficient_i * unit_i, the parameter-noise column's share of these samples."""
         ...
 
 
@@ -102,7 +109,7 @@ class Accumulate:
             return {wanted[0]: _columnwise(1 / direct, grads[-1])}
         return _pull(mean, cost, x, {k: costates[k] for k in wanted})
 
-    def noise(self, coefficient: Tensor, unit: Params) -> None:
+    def noise(self, coefficient: Tensor, unit: Params, samples: slice) -> None:
         for name, xi in unit.items():
             self.total[name] += torch.tensordot(coefficient, xi, 1) / self._samples
 
@@ -119,9 +126,9 @@ class PerSample:
             self.total[name][step.samples] += grad
         return _pulled(step, self._params, {k: costates[k] for k in wanted})
 
-    def noise(self, coefficient: Tensor, unit: Params) -> None:
+    def noise(self, coefficient: Tensor, unit: Params, samples: slice) -> None:
         for name, xi in unit.items():
-            self.total[name] += coefficient.reshape(-1, *[1] * (xi.dim() - 1)) * xi
+            self.total[name][samples] += coefficient.reshape(-1, *[1] * (xi.dim() - 1)) * xi
 
 
 class PerSource:
@@ -135,11 +142,11 @@ class PerSource:
         for k, costate in costates.items():
             each = _per_sample(step, self._params, costate, torch.ones_like(row[:, 0]))
             flat = torch.cat([each[name].flatten(1) for name in self._params], 1)
-            self.total[step.t, k] = flat.new_zeros(self._samples, flat.shape[1])
-            self.total[step.t, k][step.samples] = flat
+            total = self.total.setdefault((step.t, k), flat.new_zeros(self._samples, flat.shape[1]))
+            total[step.samples] = flat
         return _pulled(step, self._params, {k: costates[k] for k in wanted})
 
-    def noise(self, coefficient: Tensor, unit: Params) -> None:
+    def noise(self, coefficient: Tensor, unit: Params, samples: slice) -> None:
         raise ValueError("the parameter-noise column has no source of its own to be read out")
 
 
@@ -160,9 +167,9 @@ class Directional:
         self.total[step.samples] += (cotangent * mean).flatten(1).sum(1) - direct * cost
         return _pulled(step, self._params, {k: costates[k] for k in wanted})
 
-    def noise(self, coefficient: Tensor, unit: Params) -> None:
+    def noise(self, coefficient: Tensor, unit: Params, samples: slice) -> None:
         along = sum((self._direction[name] * xi).flatten(1).sum(1) for name, xi in unit.items())
-        self.total += coefficient * along
+        self.total[samples] += coefficient * along
 
 
 def sweep(
@@ -175,8 +182,12 @@ def sweep(
     noise: Noise,
     condition: Condition,
     readout: Readout,
+    division: Division = WHOLE,
 ) -> Tensor:
     """Feed the gradient of every step to `readout`; return the samples' returns (n,).
+
+    All arguments are those of this process's share of the batch; `division` says how it goes through it, and how it
+    learns what the baseline takes from the others'.
 
     Raises:
         ValueError: if the matrix and the chain disagree on T, if a credited noise column has std = 0, or if column 0
@@ -184,12 +195,13 @@ def sweep(
     """
     _check(chain, objective, credit)
     perturbation = _perturbation(credit, parameter_std, noise)
+    baseline = division.baseline(baseline)
+    pieces = division.pieces(noise.samples)
 
-    def cost(mean: Tensor, x: Tensor, t: int) -> Tensor | None:
-        return objective.cost(chain, mean, x, t, at_step(condition, t))
-
-    roll = rollout(chain, params, noise, condition, perturbation, cost)
-    reward, costates = _reward(objective, credit, roll.latents[0], for_reward(condition))
+    roll = Rollout.join([_roll(chain, params, objective, noise, condition, perturbation, part) for part in pieces])
+    rewarded = [_reward(objective, credit, roll.latents[0, p], for_reward(of_samples(condition, p))) for p in pieces]
+    reward = torch.cat([value for value, _ in rewarded])
+    costates = {k: torch.cat([held[k] for _, held in rewarded]) for k in rewarded[0][1]}
     weights = torch.from_numpy(credit.matrices).to(reward)
     visits = torch.from_numpy(credit.visits()).to(noise.outcome.device)
     # Costs of the steps below k, which the noise of step k still moves: returns[k] = R - sum_{s < k} cost_s.
@@ -201,21 +213,24 @@ def sweep(
         if t in lives:
             after = reward - spent[t - 1]
             costates[t] = _columnwise(after - baseline(after, x, t), noise.steps[t - 1]) / positive_std(chain, t)
-        row = weights[noise.outcome, t - 1]  # (n, T + 2)
-        here = _indices(visits[noise.outcome, t - 1])
+        row, own = weights[noise.outcome, t - 1], at_step(condition, t)  # (n, T + 2), (n, ...)
         wanted = [k for k in costates if t < lives[k]]
         pulled: Costates = {}
-        if here is not None:
-            own = at_step(condition, t)
-            own = None if own is None else own[here]
-            moved = None if perturbation is None else perturbation.of(here)
-            step = Step(chain, objective, t, x[here], own, moved, here)
-            found = readout.step(step, {k: value[here] for k, value in costates.items()}, row[here], wanted)
-            pulled = {k: _spread(value, here, x) for k, value in found.items()}
-        if perturbation is not None and bool(perturbation.active[t - 1].any()):
+        for part in _parts(visits[noise.outcome, t - 1], division):
+            moved = None if perturbation is None else perturbation.of(part)
+            step = Step(chain, objective, t, x[part], None if own is None else own[part], moved, part)
+            found = readout.step(step, {k: value[part] for k, value in costates.items()}, row[part], wanted)
+            for k, value in found.items():
+                if len(value) == noise.samples:
+                    pulled[k] = value
+                else:
+                    pulled.setdefault(k, torch.zeros_like(x))[part] = value
+        # Asked of the law, not of the samples drawn: every process must come to the baseline, which gathers.
+        if perturbation is not None and (credit.matrices[:, t - 1, -1] != 0).any():
             after = reward - spent[t]
             share = row[:, -1] * (after - baseline(after, x, t)) / parameter_std
-            readout.noise(share, {name: xi[t - 1] for name, xi in perturbation.unit.items()})
+            for part in pieces:
+                readout.noise(share[part], {k: xi[:, part][t - 1] for k, xi in perturbation.unit.items()}, part)
         costates = pulled
     return reward - spent[-1]
 
@@ -226,20 +241,30 @@ def mixed(row: Tensor, costates: Costates) -> tuple[Tensor, Tensor]:
     return torch.stack(weighted).sum(0), row[:, :-1].sum(1)
 
 
-def _indices(wanted: Tensor) -> slice | Tensor | None:
-    """Return an index of the samples that are wanted (n,), None if there are none."""
+def _parts(wanted: Tensor, division: Division) -> Sequence[slice | Tensor]:
+    """Return the samples that are wanted (n,), as indices of micro-batches."""
     if bool(wanted.all()):
-        return slice(None)
-    return wanted.nonzero().flatten() if bool(wanted.any()) else None
+        return division.pieces(len(wanted))
+    some = wanted.nonzero().flatten()
+    return [some[piece] for piece in division.pieces(len(some))]
 
 
-def _spread(value: Tensor, samples: slice | Tensor, like: Tensor) -> Tensor:
-    """Return `value` of some samples as a tensor of all, zero for the others."""
-    if isinstance(samples, slice):
-        return value
-    whole = torch.zeros_like(like)
-    whole[samples] = value
-    return whole
+def _roll(
+    chain: Chain,
+    params: Params,
+    objective: Objective,
+    noise: Noise,
+    condition: Condition,
+    perturbation: Perturbation | None,
+    part: slice,
+) -> Rollout:
+    own = of_samples(condition, part)
+
+    def cost(mean: Tensor, x: Tensor, t: int) -> Tensor | None:
+        return objective.cost(chain, mean, x, t, at_step(own, t))
+
+    moved = None if perturbation is None else perturbation.of(part)
+    return rollout(chain, params, noise.of(part), own, moved, cost)
 
 
 def _per_sample(step: Step, params: Params, cotangent: Tensor, direct: Tensor) -> Params:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from algorithms.chain import Chain, Condition, Params
+from algorithms.division import WHOLE, Division
 from algorithms.estimators import Estimator
 from algorithms.objective import Objective
 
@@ -46,18 +47,10 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class FromEstimator:
-    """Ascent along an estimator's batch mean, over `accumulation` micro-batches of `samples` roll-outs each.
-
-    Raises:
-        ValueError: if accumulation < 1.
-    """
+    """Ascent along an estimator's batch mean; gradient accumulation and data parallelism are its `division`."""
 
     estimator: Estimator
-    accumulation: int = 1
-
-    def __post_init__(self) -> None:
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation must be >= 1, got {self.accumulation}")
+    division: Division = WHOLE
 
     def updates(
         self,
@@ -69,14 +62,10 @@ class FromEstimator:
         condition: Condition = None,
     ) -> Iterator[Tensor]:
         """Give the gradient of ascent in the `.grad`s, and the returns of all roll-outs, antithetic copies too."""
-        returns = []
-        for _ in range(self.accumulation):
-            noise = self.estimator.draw(chain, params, samples, generator)
-            returns.append(self.estimator.accumulate(chain, params, objective, noise, condition))
-        for p in params.values():
-            if p.grad is not None:
-                p.grad = p.grad / self.accumulation
-        yield torch.cat(returns)
+        noise = self.estimator.draw(chain, params, samples, generator)
+        returns = self.estimator.accumulate(chain, params, objective, noise, condition, self.division)
+        self.division.add_gradients(params)
+        yield self.division.gather(returns)
 
 
 @dataclass(frozen=True)
@@ -85,7 +74,7 @@ class Settings:
 
     Attributes:
         updates: batches of fresh roll-outs.
-        samples: roll-outs in a (micro-)batch.
+        samples: roll-outs in a batch, all micro-batches and processes together.
         learning_rate, betas, weight_decay: of AdamW; the decay is decoupled, so zero gives Adam.
         clip: largest global norm of the gradient, to which a longer one is scaled down; None for no clipping.
         ema: decay of the exponential moving average of the parameters, which starts at their initial values; None for
@@ -146,7 +135,7 @@ class FineTuned:
 class Trainer:
     """A run of the loop that can be stopped after any update, saved, and resumed.
 
-    The caller's parameters are copied, never changed.
+    The caller's parameters are copied, never changed. `condition` is every batch's, or gives that of update u.
 
     Raises:
         ValueError: if params is empty or holds no floating-point tensor under some name.
@@ -160,7 +149,7 @@ class Trainer:
         method: Method,
         settings: Settings,
         generator_for: Callable[[int], torch.Generator],
-        condition: Condition = None,
+        condition: Condition | Callable[[int], Condition] = None,
         callback: Callback | None = None,
     ) -> None:
         if not params:
@@ -211,7 +200,7 @@ class Trainer:
             self._objective,
             self.settings.samples,
             self._generator_for(update),
-            self._condition,
+            self._condition(update) if callable(self._condition) else self._condition,
         )
         self._optimizer.zero_grad()
         steps = [(returns, self._step(update)) for returns in items]
@@ -290,7 +279,7 @@ def fine_tune(
     method: Method,
     settings: Settings,
     generator_for: Callable[[int], torch.Generator],
-    condition: Condition = None,
+    condition: Condition | Callable[[int], Condition] = None,
     callback: Callback | None = None,
 ) -> FineTuned:
     """Fine-tune `params` by ascent of E[return], and return the result; see `Trainer` to stop and resume.

@@ -1,4 +1,4 @@
-"""The loop: resumed runs, hand-written Adam, averages, accumulation, and its errors."""
+"""The loop: resumed runs, hand-written Adam, averages, conditions, and its errors."""
 
 import io
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from algorithms.baselines import LeaveOneOut
-from algorithms.chain import ParameterNoise, rollout
-from algorithms.credit import Credit, half_order
-from algorithms.estimators import Estimator, antithetic, first_order, policy_gradient, with_baseline, zeroth_order
+from algorithms.chain import rollout
+from algorithms.division import Division
+from algorithms.estimators import antithetic, first_order, policy_gradient, with_baseline, zeroth_order
 from algorithms.losses import PPO
 from algorithms.objective import Objective, kl_regularised
 from algorithms.training import FromEstimator, Settings, Trainer, fine_tune
@@ -22,7 +22,7 @@ KL = kl_regularised(REWARD, 0.2, parameters(5))
 SETTINGS = Settings(updates=5, samples=6, learning_rate=0.03, weight_decay=0.1, clip=9.0, ema=0.7)
 METHODS = {
     "first order": FromEstimator(first_order(3)),
-    "baseline": FromEstimator(with_baseline(policy_gradient(3), LeaveOneOut()), accumulation=2),
+    "baseline": FromEstimator(with_baseline(policy_gradient(3), LeaveOneOut()), Division(micro_batch=4)),
     "zeroth order": FromEstimator(antithetic(zeroth_order(3, 0.1), "parameters")),
     "ppo": PPO(0.1, epochs=2, minibatches=2),
 }
@@ -86,64 +86,32 @@ def test_the_loop_is_adam_by_hand():
     assert result.history.gradient_norm == pytest.approx(norms)
 
 
-@dataclass(frozen=True)
-class Replay:
-    """An estimator that draws the given noises one after the other."""
-
-    estimator: Estimator
-    noises: list
-
-    def draw(self, chain, params, samples, generator):
-        return self.noises.pop(0)
-
-    def accumulate(self, chain, params, objective, noise, condition=None):
-        return self.estimator.accumulate(chain, params, objective, noise, condition)
-
-
-@given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 4), n=st.integers(1, 4), kl=st.booleans())
-def test_accumulated_micro_batches_are_one_batch(seed, k, n, kl):
-    """k micro-batches of n give the gradient and the returns of the same k n roll-outs in one batch."""
-    objective = KL if kl else REWARD
-    w = half_order(3, 2).matrices[0]
-    w[:, -1] = [0.3, 0.0, -0.5]
-    estimator = Estimator("mixed", Credit.of(w), ParameterNoise(0.2))
-    whole = estimator.draw(CHAIN, PARAMS, k * n, torch.Generator().manual_seed(seed))
-    parts = [
-        replace(
-            whole,
-            initial=whole.initial[i : i + n],
-            steps=whole.steps[:, i : i + n],
-            outcome=whole.outcome[i : i + n],
-            parameters={name: xi[:, i : i + n] for name, xi in whole.parameters.items()},
-        )
-        for i in range(0, k * n, n)
-    ]
-    grads, returns = [], []
-    for noises, accumulation in ([whole], 1), (list(parts), k):
-        at = {name: p.clone().requires_grad_() for name, p in PARAMS.items()}
-        method = FromEstimator(Replay(estimator, noises), accumulation)
-        (given_returns,) = method.updates(CHAIN, at, objective, n, generator_for(1), None)
-        grads.append({name: p.grad for name, p in at.items()})
-        returns.append(given_returns)
-    torch.testing.assert_close(returns[0], returns[1])
-    for name in PARAMS:
-        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-11, atol=1e-12)
-
-
 def test_history_notes_returns_and_counts_roll_outs():
     estimator = with_baseline(policy_gradient(3), LeaveOneOut())
-    result = fine_tune(CHAIN, PARAMS, KL, FromEstimator(estimator, 2), SETTINGS, generator_for)
-    assert result.history.samples == [12, 24, 36, 48, 60]
-    generator, returns = generator_for(1), []
-    for _ in range(2):
-        noise = estimator.draw(CHAIN, PARAMS, 6, generator)
-        roll = rollout(CHAIN, PARAMS, noise, cost=lambda mean, x, t: KL.cost(CHAIN, mean, x, t, None))
-        returns.append(KL.reward(roll.latents[0], None) - roll.costs.sum(0))
-    assert result.history.mean_return[0] == pytest.approx(float(torch.cat(returns).mean()))
+    result = fine_tune(CHAIN, PARAMS, KL, FromEstimator(estimator), SETTINGS, generator_for)
+    assert result.history.samples == [6, 12, 18, 24, 30]
+    noise = estimator.draw(CHAIN, PARAMS, 6, generator_for(1))
+    roll = rollout(CHAIN, PARAMS, noise, cost=lambda mean, x, t: KL.cost(CHAIN, mean, x, t, None))
+    returns = KL.reward(roll.latents[0], None) - roll.costs.sum(0)
+    assert result.history.mean_return[0] == pytest.approx(float(returns.mean()))
 
     assert fine_tune(CHAIN, PARAMS, KL, METHODS["ppo"], SETTINGS, generator_for).history.samples == [6, 12, 18, 24, 30]
     both = fine_tune(CHAIN, PARAMS, KL, METHODS["zeroth order"], SETTINGS, generator_for)
     assert both.history.samples == [12, 24, 36, 48, 60]  # each with its antithetic copy
+
+
+def test_each_update_gets_its_own_condition():
+    asked = []
+
+    def condition(update):
+        asked.append(update)
+        return torch.full((6, 3), float(update), dtype=torch.float64)
+
+    changing = fine_tune(CHAIN, PARAMS, REWARD, METHODS["first order"], SETTINGS, generator_for, condition)
+    assert asked == [1, 2, 3, 4, 5]
+    fixed = fine_tune(CHAIN, PARAMS, REWARD, METHODS["first order"], SETTINGS, generator_for, condition(1))
+    assert changing.history.mean_return[0] == fixed.history.mean_return[0]
+    assert changing.history.mean_return[1] != fixed.history.mean_return[1]
 
 
 def test_the_return_rises_and_the_given_parameters_stay():
@@ -220,13 +188,11 @@ def test_settings_out_of_range_are_refused(change, message):
         replace(SETTINGS, **change)
 
 
-def test_bad_parameters_and_accumulation_are_refused():
+def test_bad_parameters_are_refused():
     with pytest.raises(ValueError, match="params must hold at least one tensor"):
         Trainer(CHAIN, {}, REWARD, METHODS["ppo"], SETTINGS, generator_for)
     with pytest.raises(ValueError, match="'k' is torch.int64"):
         Trainer(CHAIN, {"k": torch.ones(2, dtype=torch.long)}, REWARD, METHODS["ppo"], SETTINGS, generator_for)
-    with pytest.raises(ValueError, match="accumulation must be >= 1, got 0"):
-        FromEstimator(first_order(3), 0)
 
 
 def test_a_state_of_another_run_is_refused():
