@@ -1,4 +1,4 @@
-"""The front door: `verifine verify | report | claims | show`.
+"""The front door: `verifine verify | report | claims | show`, and on models `audit | plan | launch | evaluate`.
 
 Exit status 0: every verdict is the recorded one; 1: some verdict differs or is inconclusive; 2: wrong usage or input.
 """
@@ -9,14 +9,16 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Before NumPy and torch load: one thread per worker, or the workers fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 DEFAULT_FOLDER = Path("out/report")
+CACHE = Path("out/cache")  # of models that are made once
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nverifine: interrupted; what was measured is kept, --resume goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as fault:
+    except (ValueError, OSError, FloatingPointError) as fault:
         print(f"verifine: {_one_line(fault)}", file=sys.stderr)
         return 2
 
@@ -84,7 +86,55 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_show)
     show.add_argument("claim", metavar="CLAIM", help="identifier, as listed by `verifine claims`")
     show.add_argument("--run", type=Path, default=DEFAULT_FOLDER, metavar="RUN", help="folder whose evidence is shown")
+
+    audit = commands.add_parser("audit", help="check the gradient on a model, in minutes", formatter_class=_Help)
+    audit.set_defaults(command=_audit)
+    _add_config(audit)
+    audit.add_argument("--out", type=Path, default=Path("out/audit"), metavar="RUN", help="folder of the audit")
+    audit.add_argument("--resume", action="store_true", help="keep what is already in RUN if the settings are the same")
+
+    plan = commands.add_parser("plan", help="which estimator for this model and budget", formatter_class=_Help)
+    plan.set_defaults(command=_plan)
+    _add_config(plan)
+    plan.add_argument(
+        "--audit", type=Path, default=Path("out/audit"), metavar="RUN", help="folder of the model's audit"
+    )
+    plan.add_argument("--memory", type=_size, metavar="SIZE", help="memory limit, as 24GiB or 8000MB")
+
+    launch = commands.add_parser("launch", help="fine-tune a model", formatter_class=_Help)
+    launch.set_defaults(command=_launch)
+    _add_config(launch)
+    launch.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: out/runs/NAME of CONFIG)")
+    launch.add_argument(
+        "--resume", action="store_true", help="go on from the latest checkpoint in RUN, if there is one"
+    )
+    launch.add_argument("--from", type=Path, dest="start", metavar="FILE", help="go on from this checkpoint")
+    launch.add_argument("--print-config", action="store_true", help="print all settings with what they mean, and stop")
+    launch.add_argument(
+        "--executor",
+        choices=["here", "local", "slurm"],
+        default="here",
+        help="here; as a job of its own on this machine; or submit to Slurm",
+    )
+    launch.add_argument("--gpus", type=_jobs, default=1, help="GPUs of a Slurm job")
+    launch.add_argument("--hours", type=_jobs, default=24, help="time limit of a Slurm job")
+
+    evaluate = commands.add_parser(
+        "evaluate", help="compare a run's model with the one it came from", formatter_class=_Help
+    )
+    evaluate.set_defaults(command=_evaluate)
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of a launch")
+    evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another evaluation setting")
+    evaluate.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help="models made here")
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="?", default="digits-brightness", metavar="CONFIG", help="a YAML file, or the name of a preset"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting (repeatable)")
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help="models made here, downloads")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -226,6 +276,148 @@ def slug(heading: str) -> str:
     """Return the anchor of a Markdown heading, as code hosts build it."""
     words = "".join(c for c in heading.lstrip("# ").lower() if c.isalnum() or c in " -")
     return words.strip().replace(" ", "-")
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from claims.audits import audit
+    from claims.records import Evidence
+    from reports.report import write_report
+    from scale.config import load_config
+
+    config = load_config(options.config, options.set)
+    _check_writable(options.out)
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        bar = progress.add_task("auditing", total=None)
+
+        def on_start(description: str, steps: int) -> None:
+            progress.console.print(f"verifine: {description}", highlight=False, markup=False)
+            progress.update(bar, total=steps)
+
+        def on_done(done: Evidence | str) -> None:
+            line = done if isinstance(done, str) else _summary_line(done)
+            progress.console.print(line, highlight=False, markup=False)
+            progress.advance(bar)
+
+        whole = audit(config, options.out, options.cache, options.resume, on_start, on_done)
+    for path in write_report(whole, options.out):
+        print(path)
+    off = [e for e in whole.evidence if not e.as_recorded]
+    print(f"{len(whole.evidence) - len(off)} of {len(whole.evidence)} statements verified on this model")
+    return 1 if off else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from claims.audits import planned
+    from scale.config import load_config
+    from scale.plan import COLUMNS, table
+
+    config = load_config(options.config, options.set)
+    console = Console()
+    with console.status("predicting memory on the meta device"):
+        plan = planned(config, options.audit, options.cache, options.memory)
+    drawn = Table(*COLUMNS, title=f"Estimators on {plan.model}")
+    for row in table(plan.measured, config.training.batch):
+        drawn.add_row(*row)
+    console.print(drawn)
+    print(plan.advice.why)
+    print(plan.memory)
+    return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from scale.config import load_config, print_config
+
+    config = load_config(options.config, options.set)
+    if options.print_config:
+        print(print_config(config), end="")
+        return 0
+    folder = options.out or Path("out/runs") / Path(options.config).stem
+    _check_writable(folder)
+    if options.executor != "here":
+        from scale.cluster import submit
+
+        print(submit(config, folder, options.cache, options.executor, options.gpus, options.hours))
+        return 0
+    from rich.console import Console
+
+    from scale.evaluation import summary
+    from scale.launch import launch
+    from scale.task import Task
+
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    with _progress(console) as progress:
+        bar = progress.add_task("training", total=config.training.updates)
+        judged = progress.add_task("evaluating", total=None, visible=False)
+
+        def on_start(task: Task, done: int) -> None:
+            progress.console.print(f"verifine: {task.describe()}; run in {folder}", highlight=False, markup=False)
+            progress.update(bar, completed=done)
+
+        def on_update(update: int, updates: int, reward: float) -> None:
+            progress.update(bar, completed=update, description=f"training, reward {reward:.4g}")
+
+        def on_evaluation(done: int, total: int) -> None:
+            progress.update(judged, completed=done, total=total, visible=True)
+
+        done = launch(
+            config, folder, options.cache, options.resume, options.start, True, on_start, on_update, on_evaluation
+        )
+    if not done.finished:
+        print(f"verifine: stopped after update {done.update}, all of it saved; --resume goes on", file=sys.stderr)
+        return 130
+    if done.evaluation is not None:
+        print(summary(done.evaluation))
+        print(f"weights: {done.weights}\npictures: {folder / 'evaluation.png'}, {folder / 'images'}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from scale.evaluation import evaluate, summary
+    from scale.launch import load_run
+
+    task, params, update = load_run(options.run, options.cache, tuple(options.set))
+    with _progress(Console(stderr=True)) as progress:
+        bar = progress.add_task("evaluating", total=None)
+        found = evaluate(
+            task,
+            params,
+            options.run,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+            update=update,
+            cache=options.cache,
+        )
+    print(summary(found))
+    return 0
+
+
+def _progress(console: Any) -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console)
+
+
+def _size(text: str) -> int:
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text)
+    if not found or found[2].upper() not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 24GiB or 8000MB")
+    return int(float(found[1]) * units[found[2].upper()])
 
 
 def _summary_line(evidence: object) -> str:

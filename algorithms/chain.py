@@ -136,7 +136,12 @@ class Redrawn:
     like: Tensor
     sign: float = 1.0
 
-    def __getitem__(self, index: int | tuple[slice, slice | Tensor]) -> Any:
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept: the seeds'."""
+        return self.seeds.nbytes
+
+    def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int):
             return replace(self, seeds=self.seeds[index])
         generator = torch.Generator()

@@ -36,7 +36,8 @@ def fitted_truncation(
     credit = first_order(chain.steps)
     noise = Estimator("pilot", credit).draw(chain, params, pilot, generator)
     read = PerSource(params, pilot)
-    sweep(chain, params, objective, credit, Constant(), 0.0, noise, condition, read)
+    fixed = {name: p.detach() for name, p in params.items()}
+    sweep(chain, fixed, objective, credit, Constant(), 0.0, noise, condition, read)
     parts = torch.stack([read.total[t, 0] for t in range(1, chain.steps + 1)])  # (T, n, p)
     tails = parts.flip(0).cumsum(0).flip(0)
     reach = survival(tails.var(1).sum(1).double().cpu().numpy(), expected_length)

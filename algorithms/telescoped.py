@@ -62,12 +62,12 @@ def telescoped(
             f"batch = {batch}"
         )
     sources = Estimator("sources", _ones(support), baseline=baseline)
-    index = np.argwhere(support)
+    index, fixed = np.argwhere(support), {name: p.detach() for name, p in params.items()}
     grams = np.zeros((FOLDS, len(index), len(index)))
     for fold in np.arange(pilot // batch) % FOLDS:
         noise = sources.draw(chain, params, batch, generator)
         readout = PerSource(params, batch)
-        sweep(chain, params, objective, sources.credit, baseline, 0.0, noise, condition, readout)
+        sweep(chain, fixed, objective, sources.credit, baseline, 0.0, noise, condition, readout)
         h = torch.stack([readout.total[int(t) + 1, int(k)] for t, k in index], 1).flatten(2)  # (n, sources, p)
         grams[fold] += torch.einsum("nip,njp->ij", h, h).double().cpu().numpy() * FOLDS / pilot
     return Estimator(name, Credit.of(fitted_weights(grams, support)), baseline=baseline)

@@ -80,6 +80,11 @@ class Check:
     printed: Any = None
     margin_from: str = "rounding of float64"
 
+    @property
+    def sampled(self) -> bool:
+        """Whether its readings spend of the error budget."""
+        return self.kind == "statistical" or getattr(self.judge, "spends", False)
+
     def readings(self) -> list[tuple[Role, str, Any]]:
         """Return (role, name, subject) of everything this check judges, the statement first."""
         rows: list[tuple[Role, str, Any]] = [("claim", "as stated", self.subject)]
@@ -125,7 +130,7 @@ class Claim:
         return [
             ledger_name(self.id, check.name, role, name)
             for check in self.checks
-            if check.kind == "statistical"
+            if check.sampled
             for role, name, _ in check.readings()
         ]
 
@@ -145,13 +150,13 @@ def examine(claim: Claim, context: Context, share: Callable[[str], float]) -> Ev
     for check in claim.checks:
         readings = []
         for role, name, subject in check.readings():
-            granted = share(ledger_name(claim.id, check.name, role, name)) if check.kind == "statistical" else 0.0
+            granted = share(ledger_name(claim.id, check.name, role, name)) if check.sampled else 0.0
             begun = time.perf_counter()
             result = check.judge(subject, context.at(claim.id, check.name, role, name, alpha=granted))
             readings.append(_reading(role, name, result, time.perf_counter() - begun, granted))
         scale = context.profile.margin_scale
         scaled = f"; times {scale:g} in the {context.profile.name} profile"
-        margin_from = check.margin_from + (scaled if check.kind == "statistical" and scale != 1 else "")
+        margin_from = check.margin_from + (scaled if check.sampled and scale != 1 else "")
         checks.append(
             CheckEvidence(check.name, check.kind, check.question, margin_from, check.coordinates, tuple(readings))
         )

@@ -304,7 +304,8 @@ class SharedNoise(Estimator):
     def draw(self, chain: Chain, params: Params, samples: int, generator: torch.Generator) -> named.Noise:
         noise = super().draw(chain, params, samples, generator)
         assert noise.parameters is not None
-        shared = {name: xi[:1].expand_as(xi) for name, xi in noise.parameters.items()}
+        kept = {name: torch.stack([xi[t] for t in range(len(noise.steps))]) for name, xi in noise.parameters.items()}
+        shared = {name: xi[:1].expand_as(xi) for name, xi in kept.items()}
         return replace(noise, parameters=shared)
 
 

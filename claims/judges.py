@@ -52,7 +52,7 @@ class SampledMean:
         declared = self.margin() if callable(self.margin) else self.margin
         reference = _vector(self.reference())
         margin = np.broadcast_to(_vector(declared), reference.shape) * context.profile.margin_scale
-        return means.equivalence(subject(context.stream), reference, margin, _plan(context, self.kurtosis))
+        return means.equivalence(subject(context.stream), reference, margin, plan(context, self.kurtosis))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SampledAbove:
     kurtosis: float
 
     def __call__(self, subject: Sampler, context: Context) -> MeanResult:
-        return means.above(subject(context.stream), _vector(self.bound()), _plan(context, self.kurtosis))
+        return means.above(subject(context.stream), _vector(self.bound()), plan(context, self.kurtosis))
 
 
 def equals(
@@ -135,7 +135,8 @@ def exceeds(
     return Check(name, "statistical", question, tuple(coordinates), judge, subject, controls, printed, margin_from)
 
 
-def _plan(context: Context, kurtosis: float) -> means.Plan:
+def plan(context: Context, kurtosis: float) -> means.Plan:
+    """Return how a sampled check reaches its verdict: with this context's error share and budget."""
     return means.Plan(alpha=context.alpha, kurtosis=kurtosis, max_samples=context.profile.max_samples)
 
 

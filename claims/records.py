@@ -27,7 +27,7 @@ T = typing.TypeVar("T")
 Verdict = Literal["verified", "refuted", "inconclusive"]
 Printed = Literal["holds", "holds-corrected", "refuted"]
 Role = Literal["claim", "printed", "control"]
-Kind = Literal["exact", "statistical", "frequency"]  # frequency: a binomial interval of repeated trials
+Kind = Literal["exact", "statistical", "frequency", "scale"]  # frequency: of repeated trials; scale: on a network
 
 
 class CorruptEvidence(ValueError):

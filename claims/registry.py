@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from claims import (
+    at_scale,
     biases,
     estimators,
     foundations,
@@ -37,6 +38,7 @@ CHAPTERS: tuple[Claim, ...] = (
     *telescoped.CLAIMS,
     *frontier.CLAIMS,
     *training.CLAIMS,
+    *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))
 BY_ID: dict[str, Claim] = {claim.id: claim for claim in CLAIMS}

@@ -26,8 +26,8 @@ from claims.registry import BY_ID, CLAIMS, ledger
 from verdicts.streams import Stream
 
 ALPHA = 1e-6  # error probability of a whole run, all claims together
-ROOMS = ("theory", "algorithms", "verdicts", "toy", "claims")
-LIBRARIES = ("numpy", "scipy", "torch", "joblib", "matplotlib")
+ROOMS = ("theory", "algorithms", "verdicts", "toy", "scale", "claims")
+LIBRARIES = ("numpy", "scipy", "torch", "diffusers", "peft", "transformers", "joblib", "matplotlib")
 
 T = TypeVar("T")
 
@@ -126,6 +126,22 @@ def _run(
     return whole
 
 
+def run_here(
+    claims: tuple[Claim, ...],
+    settings: Settings,
+    resume: bool,
+    on_start: Callable[[], None],
+    on_done: Callable[[Evidence], None],
+    examined: Callable[[tuple[Claim, ...]], Iterator[Evidence]],
+) -> Run:
+    """Do what `run` does in this process, with claims that `examined` judges: they need not be registered."""
+
+    def measure(ids: list[str], settings: Settings, jobs: int) -> Iterator[Evidence]:
+        yield from examined(tuple(claim for claim in claims if claim.id in ids))
+
+    return _run(claims, settings, 1, resume, on_start, on_done, measure)
+
+
 def load(folder: Path) -> Run:
     """Read a run back from its folder, finished or not.
 
@@ -165,11 +181,15 @@ def examine_by_id(claim_id: str, settings: Settings) -> Evidence:
 
     # One thread per worker, always: results then do not depend on how many workers share the machine.
     torch.set_num_threads(1)
-    claim, profile = BY_ID[claim_id], PROFILES[settings.profile]
-    context = Context(Stream(settings.seed), 0.0, profile, settings.folder / "cache")
+    return examine_claim(BY_ID[claim_id], settings, ledger(settings.alpha).spend, settings.folder / "cache")
+
+
+def examine_claim(claim: Claim, settings: Settings, share: Callable[[str], float], cache: Path) -> Evidence:
+    """Examine a claim, registered or not, with shares of the error budget from `share`; see `examine_by_id`."""
+    context = Context(Stream(settings.seed), 0.0, PROFILES[settings.profile], cache)
     began = time.perf_counter()
     try:
-        return examine(claim, context, ledger(settings.alpha).spend)
+        return examine(claim, context, share)
     except Exception as fault:
         where = traceback.extract_tb(fault.__traceback__)[-1]
         error = f"{type(fault).__name__}: {fault} ({Path(where.filename).name}:{where.lineno})"

@@ -36,7 +36,7 @@ def test_there_are_claims_about_papers_code_and_the_verifier_with_distinct_ident
 @every_claim
 def test_identifier_is_chapter_dot_name(claim: Claim) -> None:
     chapter, name = claim.id.split(".")
-    assert chapter == claim.chapter.lower()
+    assert chapter == claim.chapter.lower().replace(" ", "-")
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
 
 
