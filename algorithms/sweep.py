@@ -150,6 +150,24 @@ class PerSource:
         raise ValueError("the parameter-noise column has no source of its own to be read out")
 
 
+class DirectionalSources:
+    """Each sample's h[t, k] along one direction, `total[t, k]`: (n,), of which any estimate is a sum."""
+
+    def __init__(self, params: Params, samples: int, direction: Params) -> None:
+        self.total: dict[tuple[int, int], Tensor] = {}
+        self._params, self._samples, self._direction = params, samples, direction
+
+    def step(self, step: Step, costates: Costates, row: Tensor, wanted: list[int]) -> Costates:
+        mean, cost = _along(step, self._params, self._direction)
+        for k, costate in costates.items():
+            total = self.total.setdefault((step.t, k), costate.new_zeros(self._samples))
+            total[step.samples] = (costate * mean).flatten(1).sum(1) - cost
+        return _pulled(step, self._params, {k: costates[k] for k in wanted})
+
+    def noise(self, coefficient: Tensor, unit: Params, samples: slice) -> None:
+        raise ValueError("the parameter-noise column has no source of its own to be read out")
+
+
 class Directional:
     """Each sample's gradient along one direction of the parameters, `total`: (n,). No per-sample gradient is kept."""
 
@@ -158,18 +176,24 @@ class Directional:
         self._params, self._direction = params, direction
 
     def step(self, step: Step, costates: Costates, row: Tensor, wanted: list[int]) -> Costates:
-        def outputs(params: Params) -> tuple[Tensor, Tensor]:
-            mean, cost = step(params, step.x)
-            return mean, mean.new_zeros(len(mean)) if cost is None else cost
-
         cotangent, direct = mixed(row, costates)
-        mean, cost = torch.func.jvp(outputs, (self._params,), (self._direction,))[1]
+        mean, cost = _along(step, self._params, self._direction)
         self.total[step.samples] += (cotangent * mean).flatten(1).sum(1) - direct * cost
         return _pulled(step, self._params, {k: costates[k] for k in wanted})
 
     def noise(self, coefficient: Tensor, unit: Params, samples: slice) -> None:
         along = sum((self._direction[name] * xi).flatten(1).sum(1) for name, xi in unit.items())
         self.total[samples] += coefficient * along
+
+
+def _along(step: Step, params: Params, direction: Params) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of a step's means (n, *shape) and running costs (n,) along a direction."""
+
+    def outputs(p: Params) -> tuple[Tensor, Tensor]:
+        mean, cost = step(p, step.x)
+        return mean, mean.new_zeros(len(mean)) if cost is None else cost
+
+    return torch.func.jvp(outputs, (params,), (direction,))[1]
 
 
 def sweep(

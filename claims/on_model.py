@@ -17,6 +17,7 @@ from algorithms.chain import Condition, Noise, Params, for_reward, of_samples, r
 from algorithms.credit import Credit
 from algorithms.estimators import Estimator, first_order, policy_gradient, with_baseline
 from algorithms.objective import Objective
+from algorithms.sweep import DirectionalSources, sweep
 from claims.claim import Check, Context
 from claims.judges import plan
 from scale import audit
@@ -39,10 +40,12 @@ class Model:
     Attributes:
         name: as the report calls it.
         settings: everything; `settings.audit` says how hard a check tries.
+        sampled: whether checks that sample are made too; identities always are.
     """
 
     name: str
     settings: Config
+    sampled: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +88,18 @@ class Prepared:
 
 
 @cache
-def prepared(model: Model, cache_folder: Path, seed: int) -> Prepared:
-    """Build a model, and fit on a pilot what its checks need."""
+def prepared(model: Model, cache_folder: Path, seed: int, double: bool = False) -> Prepared:
+    """Build a model, and fit on a pilot what its checks need.
+
+    Args:
+        double: identities are judged in double precision where the network is small; samples in the model's own, which
+            is several times faster and exact enough.
+    """
     training = model.settings.training.model_copy(update={"seed": seed})
     task = build(model.settings.model_copy(update={"training": training}), cache_folder)
     dtype = next(task.chain.network.parameters()).dtype
     small = sum(p.numel() for p in task.chain.network.parameters()) <= DOUBLE_UP_TO
-    if dtype == torch.float32 and small and task.device.type == "cpu":
+    if double and dtype == torch.float32 and small and task.device.type == "cpu":
         task, dtype = audit.in_double(task), torch.float64
     count, settings = task.config.audit.pilot, task.config.audit
     noise = policy_gradient(task.chain.steps).draw(task.chain, task.params, count, task.generator("audit", "pilot"))
@@ -145,7 +153,7 @@ class Identity:
     reference: Numbers
 
     def __call__(self, subject: Numbers, context: Context) -> MeanResult:
-        at = prepared(self.model, context.cache, context.stream.seed)
+        at = prepared(self.model, context.cache, context.stream.seed, double=True)
         estimate, expected = (np.atleast_1d(np.asarray(f(at), float)).ravel() for f in (subject, self.reference))
         return exact.agreement(estimate, expected, at.tolerance * max(1.0, float(np.abs(expected).max())))
 
@@ -164,18 +172,80 @@ class Fewer:
 
 
 @dataclass(frozen=True, eq=False)
-class Sampled:
-    """What is sampled: an estimator of the derivative, on an objective.
+class Block:
+    """Roll-outs that all sampled checks of a model share.
 
     Attributes:
-        estimator: draws the noise and makes the estimate.
-        objective: None for the model's own.
-        value: (prepared, noise, condition, generator) -> (n,) instead of the estimator's estimate.
+        sources: (n, T, T + 1), each sample's h[t, k] along the direction; 0 for sources that do not exist.
+        reference: (n,), each sample's derivative computed otherwise.
+    """
+
+    noise: Noise
+    condition: Condition
+    sources: Tensor
+    reference: Tensor
+
+
+def block_of(at: Prepared, index: int) -> Block:
+    """Return block number `index` of a model's shared roll-outs; it is computed once in a process."""
+    held = _BLOCKS.setdefault(at, {})
+    if index not in held:
+        held[index] = _make_block(at, index)
+    return held[index]
+
+
+_BLOCKS: dict[Prepared, dict[int, Block]] = {}
+
+
+def _make_block(at: Prepared, index: int) -> Block:
+    task, size = at.task, at.task.config.audit.batch
+    start = with_baseline(Estimator("all", every_source(at)), Constant(at.mean_return))
+    noise = start.draw(task.chain, task.params, size, task.generator("audit", "block", index))
+    condition = task.condition(size, start=index * size)
+    readout = DirectionalSources(task.params, size, at.direction)
+    sweep(task.chain, task.params, task.objective, start.credit, start.baseline, 0.0, noise, condition, readout)
+    sources = noise.initial.new_zeros(size, at.steps, at.steps + 1)
+    for (t, k), value in readout.total.items():
+        sources[:, t - 1, k] = value
+    return Block(noise, condition, sources, reference(task, noise, condition, at.direction))
+
+
+def every_source(at: Prepared) -> Credit:
+    """Return a matrix with all sources: of the reward only where it has a gradient."""
+    w = np.tril(np.ones((at.steps, at.steps + 1)), 1)
+    if not at.task.objective.reward.differentiable:
+        w[:, 0] = 0
+    return Credit.of(np.concatenate([w, np.zeros((at.steps, 1))], 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """What is sampled: an estimator of the derivative, read off the shared roll-outs' sources.
+
+    Attributes:
+        value: (prepared, block, generator) -> (n,) instead, for what is no mixture of sources.
     """
 
     estimator: Estimator
-    objective: Objective | None = None
-    value: Callable[[Prepared, Noise, Condition, torch.Generator], Tensor] | None = None
+    value: Callable[[Prepared, Block, torch.Generator], Tensor] | None = None
+
+    def of(self, at: Prepared, block: Block, source: torch.Generator) -> Tensor:
+        """Return each sample's estimate of the derivative, (n,)."""
+        if self.value is not None:
+            return self.value(at, block, source)
+        if self.estimator.parameter_noise is not None:
+            return own_estimates(self.estimator, at, block, source)
+        credit = self.estimator.credit
+        weights = torch.from_numpy(credit.matrices[:, :, :-1]).to(block.sources)
+        return (weights[credit.draw(len(block.sources), source)] * block.sources).sum((1, 2))
+
+
+def own_estimates(estimator: Estimator, at: Prepared, block: Block, source: torch.Generator) -> Tensor:
+    """Return the estimates of an estimator that puts noise on the parameters, on the block's chain noise."""
+    task, size = at.task, block.noise.samples
+    drawn = estimator.draw(task.chain, task.params, size, source)
+    noise = replace(drawn, initial=block.noise.initial, steps=block.noise.steps)
+    return estimator.directional(task.chain, task.params, task.objective, noise, at.direction, block.condition)
 
 
 @dataclass(frozen=True)
@@ -189,24 +259,16 @@ class SameMean:
 
     def __call__(self, subject: Callable[[Prepared], Sampled], context: Context) -> MeanResult:
         at = prepared(self.model, context.cache, context.stream.seed)
-        what, task, settings = subject(at), at.task, at.task.config.audit
+        what = subject(at)
 
-        def block(index: int) -> np.ndarray:
-            source = generator(context.stream, index)
-            noise = what.estimator.draw(task.chain, task.params, settings.batch, source)
-            condition = task.condition(settings.batch, start=index * settings.batch)
-            if what.value is None:
-                objective = what.objective or task.objective
-                arguments = (task.chain, task.params, objective, noise, at.direction, condition)
-                estimate = what.estimator.directional(*arguments)
-            else:
-                estimate = what.value(at, noise, condition, source)
-            difference = estimate - reference(task, noise, condition, at.direction)
-            return (difference / at.slope).detach().cpu().double().numpy()[:, None]
+        def rows(index: int) -> np.ndarray:
+            block = block_of(at, index)
+            estimate = what.of(at, block, generator(context.stream, index))
+            return ((estimate - block.reference) / at.slope).detach().cpu().double().numpy()[:, None]
 
-        limited = replace(context, profile=replace(context.profile, max_samples=settings.samples))
+        limited = replace(context, profile=replace(context.profile, max_samples=at.task.config.audit.samples))
         margin = np.array([self.margin * context.profile.margin_scale])
-        return means.equivalence(block, np.zeros(1), margin, plan(limited, self.kurtosis))
+        return means.equivalence(rows, np.zeros(1), margin, plan(limited, self.kurtosis))
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
@@ -278,20 +340,26 @@ def times(estimator: Estimator, by: float) -> Estimator:
 def cut_step_by_step(at: Prepared) -> Sampled:
     """Return first order with every step's network output detached by a draw of its own, as TRL's AlignProp had it."""
 
-    def value(p: Prepared, noise: Noise, condition: Condition, source: torch.Generator) -> Tensor:
-        uniform = torch.rand(p.steps, noise.samples, generator=source).to(noise.initial)
+    def value(p: Prepared, block: Block, source: torch.Generator) -> Tensor:
+        uniform = torch.rand(p.steps, block.noise.samples, generator=source).to(block.noise.initial)
 
         def cut(output: Tensor, t: int) -> Tensor:
             kept = (uniform[t - 1] < (p.steps - t + 1) / p.steps).reshape(-1, *[1] * (output.dim() - 1))
             return torch.where(kept, output, output.detach())
 
-        return audit.derivatives(p.task, p.task.params, noise, condition, p.direction, cut)
+        return audit.derivatives(p.task, p.task.params, block.noise, block.condition, p.direction, cut)
 
-    return Sampled(first_order(at.steps), value=value)
+    return Sampled(first_order(at.steps), value)
 
 
-def denormalised_twice(at: Prepared) -> Objective:
-    """Return the objective of released code that maps images from [-1, 1] to [0, 1] a second time."""
-    reward: Any = at.task.objective.reward
-    once = reward.decode
-    return Objective(replace(reward, decode=lambda x0, prompt: once(x0, prompt) / 2 + 0.5))
+def denormalised_twice(at: Prepared) -> Sampled:
+    """Return first order with released code's reward, which maps images from [-1, 1] to [0, 1] a second time."""
+
+    def value(p: Prepared, block: Block, source: torch.Generator) -> Tensor:
+        reward: Any = p.task.objective.reward
+        once = reward.decode
+        twice = Objective(replace(reward, decode=lambda x0, prompt: once(x0, prompt) / 2 + 0.5))
+        task = replace(p.task, objective=twice)
+        return audit.derivatives(task, p.task.params, block.noise, block.condition, p.direction)
+
+    return Sampled(first_order(at.steps), value)

@@ -528,6 +528,7 @@ def _bases(sections: Iterable[Section], evidence: dict[str, Evidence]) -> tuple[
         ({"exact"}, "Exact computation", "no sampling; nothing of the error budget is spent"),
         ({"statistical"}, "Statistics", "confidence sequences, valid at whatever sample they stop"),
         ({"exact", "statistical"}, "Both", "an exact check and a statistical one"),
+        ({"scale"}, "Networks", "identities to rounding, and samples, on the models that the checks name"),
         ({"frequency"}, "Repeated trials", "frequencies of verdicts, with exact binomial intervals at 99 %"),
         ({"exact", "frequency"}, "Repeated trials and computation", "frequencies of verdicts, and planned power"),
         (set[str](), "Nothing yet", "no check has run"),

@@ -264,7 +264,7 @@ def _log(config: Config, folder: Path, resumed: int | None, processes: Processes
         yield _Silent()
         return
     trackers = ["tensorboard"] * config.logging.tensorboard + ["wandb"] * (config.logging.wandb is not None)
-    log = open_log(folder, trackers, resumed, config.model_dump(mode="json"))
+    log = open_log(folder, trackers, resumed, config.model_dump(mode="json", warnings=False))
     try:
         yield log
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale.libraries import from_pretrained, named_class
+from scale.libraries import from_pretrained, named_class, quiet
 from scale.network import NetworkChain
 from scale.sampler import GaussianSteps
 

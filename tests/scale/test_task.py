@@ -283,8 +283,14 @@ def test_the_penalty_is_zero_at_the_start_and_pulls_back_later(make: Make, kind:
     for params, penalised in ((task.params, False), (moved(task.params), True)):
         at = leaves(params)
         returns = first_order(T).accumulate(task.chain, at, task.objective, noise, condition)
-        x0 = rollout(task.chain, params, noise, condition).latents[0]
-        gap = task.objective.reward(x0, condition.reward) - returns
+        latents = rollout(task.chain, params, noise, condition).latents
+        gap = task.objective.reward(latents[0], condition.reward) - returns
+        wanted = torch.zeros(2)
+        for t in range(1, T + 1):
+            means = [task.chain.mean(p, latents[t], t, condition.steps[t - 1]) for p in (params, task.params)]
+            law, reference = (torch.distributions.Normal(mean, task.chain.std(t)) for mean in means)
+            wanted += 0.5 * torch.distributions.kl_divergence(law, reference).flatten(1).sum(1)
+        assert torch.allclose(gap, wanted, rtol=1e-3, atol=1e-6)
         assert bool((gap > 1e-4).all()) if penalised else torch.equal(gap, torch.zeros(2))
 
 
