@@ -116,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         default="here",
         help="here; as a job of its own on this machine; or submit to Slurm",
     )
-    launch.add_argument("--gpus", type=_jobs, default=1, help="GPUs of a Slurm job")
-    launch.add_argument("--hours", type=_jobs, default=24, help="time limit of a Slurm job")
+    launch.add_argument("--gpus", type=_jobs, default=1, help="GPUs of a job, a process on each")
+    launch.add_argument("--hours", type=_jobs, default=24, help="time limit of a job")
 
     evaluate = commands.add_parser(
         "evaluate", help="compare a run's model with the one it came from", formatter_class=_Help
@@ -342,7 +342,10 @@ def _launch(options: argparse.Namespace) -> int:
     if options.executor != "here":
         from scale.cluster import submit
 
-        print(submit(config, folder, options.cache, options.executor, options.gpus, options.hours))
+        if options.start is not None:
+            raise ValueError(f"--from {options.start} needs --executor here: a job goes on from the latest checkpoint")
+        asked = (options.executor, options.gpus, options.hours, options.resume)
+        print(submit(config, folder, options.cache, *asked))
         return 0
     from rich.console import Console
 

@@ -14,9 +14,9 @@ from claims.on_model import Model, prepared
 from claims.records import Column, Evidence, Figure, Run, Series, Table, write_atomically
 from claims.run import Settings, examine_claim, run_here
 from scale.audit import measure, predicted_bytes
-from scale.config import Config, digest
+from scale.config import Config, chain_steps, digest
 from scale.config import Method as Choice
-from scale.methods import METHODS
+from scale.methods import METHODS, check_options
 from scale.plan import COLUMNS, Advice, Measured, prediction_text, recommend, table
 from verdicts.ledger import Ledger
 
@@ -56,24 +56,35 @@ def audit(
         tables=lambda context: (_model_table(at.task.describe(), config), _measured_table(measured, config)),
     )
     claims = (told, *claims[1:])
-    book = Ledger(config.audit.error, [name for claim in claims for name in claim.statistical_readings()])
+    sampled = [name for claim in claims for name in claim.statistical_readings()]
+    share = Ledger(config.audit.error, sampled).spend if sampled else (lambda name: 0.0)
     settings = Settings(config.training.seed, "standard", folder, config.audit.error)
 
     def examined(wanted: tuple[Claim, ...]) -> Iterator[Evidence]:
-        yield from (examine_claim(claim, settings, book.spend, cache) for claim in wanted)
+        yield from (examine_claim(claim, settings, share, cache) for claim in wanted)
 
     return run_here(claims, settings, resume, lambda: None, on_done, examined)
 
 
 def choices(config: Config) -> list[Choice]:
     """Return the estimators that are measured: the settings' own, those asked for, and the usual ones."""
-    smooth = differentiable(Model("", config))
-    given = [config.method, *config.audit.estimators, *(Choice(name=name) for name in DEFAULTS)]
+    smooth, steps = differentiable(Model("", config)), chain_steps(config)
+    usual = [Choice(name=name) for name in DEFAULTS if _suits(name, steps, config.audit.measured_batch)]
+    given = [config.method, *config.audit.estimators, *usual]
     fit = [c for c in given if METHODS[c.name].loss is None and (smooth or not METHODS[c.name].differentiable)]
     kept: dict[str, Choice] = {}
     for choice in fit:
         kept.setdefault(choice.name, choice)
     return list(kept.values())
+
+
+def _suits(name: str, steps: int, batch: int) -> bool:
+    """Return whether a method's default options suit a chain of that length."""
+    try:
+        check_options(name, {}, steps, batch)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,15 @@ class Job:
     cache: Path
 
     def __call__(self) -> int:
-        """Run, and return the updates made."""
+        """Run, as one of several processes where the job has several tasks, and return the updates made."""
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
+
         from scale.launch import launch
 
+        if JobEnvironment().num_tasks > 1:
+            # Every process sees all GPUs of its machine, and takes the one of its local rank.
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         return launch(self.config, self.folder, self.cache, resume=True).update
 
     def checkpoint(self) -> Any:
@@ -37,26 +43,36 @@ def submit(
     executor: Literal["local", "slurm", "debug"],
     gpus: int = 1,
     hours: int = 24,
+    resume: bool = False,
 ) -> str:
     """Submit a launch, and return a line that says what to watch.
 
     Paths are made absolute: a job starts in a folder of its own.
 
+    Args:
+        gpus: one process runs on each; none is asked for where the settings name the CPU.
+        resume: go on with the run that the folder holds.
+
     Raises:
-        ValueError: if submitit is not installed, or there is no Slurm here.
+        ValueError: if submitit is not installed, there is no Slurm here, or the folder holds another run, or one and
+            `resume` is not asked for.
     """
     try:
         import submitit
     except ImportError:
         raise ValueError("an executor needs submitit: install verifine[cluster]") from None
+    from scale.launch import check_folder
+
+    check_folder(config, folder, resume)
     logs = folder.resolve() / "jobs"
     try:
         made = submitit.AutoExecutor(folder=logs, cluster=executor)
     except RuntimeError as fault:
         raise ValueError(f"executor {executor!r} is not to be had here: {fault}") from None
-    made.update_parameters(timeout_min=60 * hours, name="verifine", tasks_per_node=1)
+    used = 0 if config.device == "cpu" else gpus
+    made.update_parameters(timeout_min=60 * hours, name="verifine", tasks_per_node=max(used, 1), gpus_per_node=used)
     if executor == "slurm":
-        made.update_parameters(gpus_per_node=gpus, slurm_signal_delay_s=120)
+        made.update_parameters(slurm_signal_delay_s=120)
     job = made.submit(Job(config, folder.resolve(), cache.resolve()))
     if executor == "debug":
         job.result()

@@ -31,7 +31,7 @@ from scale.logs import open_log
 from scale.lora import save_lora
 from scale.methods import make_method
 from scale.processes import Processes
-from scale.task import Task, build
+from scale.task import Task, build, pick_device
 
 OnUpdate = Callable[[int, int, float], None]
 """Called as on_update(update, updates, mean reward of its roll-outs) after each update."""
@@ -79,33 +79,41 @@ def launch(
         OSError: if something cannot be written; the last good checkpoint is kept.
         FloatingPointError: if a gradient is not finite.
     """
-    processes = Processes.here(cpu=config.device == "cpu")
+    asked = pick_device(config.device)
+    processes = Processes.here(cpu=asked.type == "cpu")
     try:
-        return _launch(config, folder, cache, resume, start, progress, on_start, on_update, on_evaluation, processes)
-    finally:
-        processes.leave()
+        again = check_folder(config, folder, resume or start is not None)
+        if not processes.main:
+            processes.wait()  # until the first has made what is made once: the cached models
+        own = config.model_copy(update={"device": str(processes.device(asked))})
+        task = build(own, cache, progress and processes.main)
+        if processes.main:
+            processes.wait()
+        trainer = _train(config, folder, task, again, start, on_start, on_update, processes)
+    except BaseException:
+        processes.leave(together=False)
+        raise
+    processes.leave()  # before the evaluation, so that no process waits in vain for the one that makes it
+    tuned, finished = trainer.result(), trainer.done >= config.training.updates
+    if not finished or not processes.main:
+        return Launched(trainer.done, finished, tuned.params)
+    weights = save_weights(task, chosen(tuned), folder)
+    found = evaluate(task, chosen(tuned), folder, on_evaluation, update=trainer.done, cache=cache)
+    return Launched(trainer.done, True, tuned.params, weights, found)
 
 
-def _launch(
+def _train(
     config: Config,
     folder: Path,
-    cache: Path,
-    resume: bool,
+    task: Task,
+    again: bool,
     start: Path | None,
-    progress: bool,
     on_start: Callable[[Task, int], None],
     on_update: OnUpdate,
-    on_evaluation: Callable[[int, int], None],
     processes: Processes,
-) -> Launched:
-    again = _check_folder(config, folder, resume or start is not None)
-    if not processes.main:
-        processes.wait()  # until the first has made what is made once: the cached models
-    task = build(config, cache, progress and processes.main)
-    if processes.main:
-        processes.wait()
+) -> Trainer:
     trainer = _trainer(task, processes.division(config.training.micro_batch))
-    if again:
+    if again or start is not None:
         _restore(trainer, folder, start, digest(config))
     if processes.main:
         write_atomically(folder / "config.yaml", print_config(config).encode())
@@ -127,14 +135,7 @@ def _launch(
                         folder / "checkpoints", update, trainer.state_dict(), digest(config), config.training.keep
                     )
             on_update(update, config.training.updates, trainer.history.mean_return[-1])
-    tuned = trainer.result()
-    if trainer.done < config.training.updates:
-        return Launched(trainer.done, False, tuned.params)
-    if not processes.main:
-        return Launched(trainer.done, True, tuned.params)
-    weights = save_weights(task, chosen(tuned), folder)
-    found = evaluate(task, chosen(tuned), folder, on_evaluation, update=trainer.done, cache=cache)
-    return Launched(trainer.done, True, tuned.params, weights, found)
+    return trainer
 
 
 def load_run(folder: Path, cache: Path, overrides: tuple[str, ...] = ()) -> tuple[Task, Params, int]:
@@ -184,8 +185,12 @@ def images(
     return torch.cat(made), torch.cat(rewards)
 
 
-def _check_folder(config: Config, folder: Path, resume: bool) -> bool:
-    """Return whether the folder holds this run, to be gone on with."""
+def check_folder(config: Config, folder: Path, resume: bool) -> bool:
+    """Return whether the folder holds this run, to be gone on with.
+
+    Raises:
+        ValueError: if it holds another run, or this one and `resume` is not asked for.
+    """
     file = folder / "config.yaml"
     if not file.exists():
         return False

@@ -39,7 +39,10 @@ class Processes:
             return cls()
         from accelerate import Accelerator
 
-        accelerator = Accelerator(cpu=cpu)
+        try:
+            accelerator = Accelerator(cpu=cpu)
+        except RuntimeError as fault:  # torch's, when the others do not come
+            raise ValueError(f"{asked} processes were asked for, they did not meet: {fault}") from fault
         if accelerator.num_processes != asked:
             # `accelerate launch --cpu` has been seen to start several that do not know each other.
             raise ValueError(
@@ -74,16 +77,22 @@ class Processes:
         """Return whether it is so in any process."""
         return here if self.world == 1 else bool(self._gather(torch.tensor([int(here)])).any())
 
-    def leave(self) -> None:
-        """Leave the group; a process that ends in it without a word is now and then aborted."""
+    def leave(self, together: bool = True) -> None:
+        """Leave the group; a process that ends in it without a word is now and then aborted.
+
+        Args:
+            together: wait for the others first; not after an error, when they may wait for this one elsewhere.
+        """
         if self.world > 1:
-            self.wait()
+            if together:
+                self.wait()
             self.accelerator.end_training()
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
     def _gather(self, value: Tensor) -> Tensor:
-        return self.accelerator.gather(value.contiguous())
+        # Between GPUs nothing goes that lies elsewhere.
+        return self.accelerator.gather(value.contiguous().to(self.accelerator.device)).to(value.device)
 
     def _add(self, value: Tensor) -> Tensor:
         # In the order of the ranks, so that all processes get the same bits.

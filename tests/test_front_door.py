@@ -242,7 +242,7 @@ def test_claims_as_json(capsys: Captured) -> None:
         assert (entry["paper"], entry["source"], entry["statement"]) == (claim.paper, claim.source, claim.statement)
         assert (entry["printed"], entry["corrected"]) == (claim.printed, claim.corrected)
         assert entry["controls"]
-        assert set(entry["kinds"]) <= {"exact", "statistical", "frequency"} != set()
+        assert set(entry["kinds"]) <= {"exact", "statistical", "frequency", "scale"} != set()
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
