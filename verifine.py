@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nverifine: interrupted; what was measured is kept, --resume goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as fault:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as fault:
         print(f"verifine: {_one_line(fault)}", file=sys.stderr)
         return 2
 

@@ -324,12 +324,6 @@ class Audit(Strict):
     step: float = Field(
         default=1e-2, gt=0, description="length of the step of the finite differences that it is held against"
     )
-    margin: float = Field(
-        default=0.25,
-        gt=0,
-        lt=1,
-        description="error that still passes, as a share of the derivative; declared before sampling",
-    )
     error: float = Field(default=0.01, gt=0, le=0.5, description="probability of any wrong verdict in the whole audit")
     pilot: Annotated[int, Field(ge=2)] = Field(
         default=512,

@@ -140,7 +140,7 @@ def interrupt(claim_id: str, settings: Settings) -> Evidence:
 
 def test_digest_covers_every_room_that_measures_and_does_not_change_by_itself() -> None:
     assert claims.run.source_digest() == claims.run.source_digest()
-    assert set(claims.run.ROOMS) == {"theory", "algorithms", "verdicts", "toy", "claims"}
+    assert set(claims.run.ROOMS) == {"theory", "algorithms", "verdicts", "toy", "scale", "claims"}
     assert all((Path(verifine.__file__).parent / room).is_dir() for room in claims.run.ROOMS)
 
 

@@ -1,6 +1,7 @@
-"""A run: all its files, exact resumption after kill and Ctrl-C, and one line for everything that can stand in the way."""
+"""A run: all its files, exact resumption after kill and Ctrl-C, and one line for whatever can stand in the way."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -24,8 +25,8 @@ from scale.lora import load
 from scale.task import build
 
 ROOT = Path(__file__).parents[2]
-TINY = ["device=cpu", "lora.alpha=3", "prompts.held_out=null", "sampler.steps=3"]
-BARE = [*TINY, "training.grid_every=null", "training.micro_batch=null", "logging.tensorboard=false"]
+TINY = ["device=cpu", "lora.alpha=3", "prompts.held_out=null"]
+BARE = [*TINY, "sampler.steps=3", "training.grid_every=null", "training.micro_batch=null", "logging.tensorboard=false"]
 BARE += ["evaluation={samples: 2, batch: 2}", "method={name: policy-gradient}"]
 
 # Brightness; where a test asks for it, a signal goes to the process in the middle of the update after a checkpoint.
@@ -98,8 +99,19 @@ def same(found: Path, wanted: Path, config: Config) -> None:
         for name, value in moments.items():
             assert torch.equal(a.state["optimizer"]["state"][place][name], value), (place, name)
     assert a.state["history"] == b.state["history"]
-    for file in ("metrics.jsonl", "lora/pytorch_lora_weights.safetensors", "evaluation.json"):
+    for file in ("metrics.jsonl", "evaluation.json"):
         assert (found / file).read_bytes() == (wanted / file).read_bytes(), file
+    assert contents(found) == contents(wanted)
+
+
+def contents(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
+    """Return the bits of the trained weights and the settings of their file, whose order is left to chance."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "lora/pytorch_lora_weights.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    return weights, settings | {"unet.target_modules": sorted(settings["unet.target_modules"])}
 
 
 def refused(capsys, *arguments: object) -> str:
@@ -150,9 +162,12 @@ def test_its_log_has_a_line_for_every_update(shown):
     assert [line["update"] for line in lines] == [0, 1, 2]
     assert [line["samples"] for line in lines[1:]] == [8, 16]  # antithetic copies are roll-outs too
     assert all(0 < line["reward/mean"] < 1 and line["gradient/norm"] > 0 for line in lines[1:])
-    grids = [Image.open(shown.folder / line["images"]["samples"]) for line in lines]
-    assert len({grid.size for grid in grids}) == 1
-    assert grids[0].tobytes() != grids[2].tobytes()  # the same noise, another model
+    grids = []
+    for line in lines:
+        with Image.open(shown.folder / line["images"]["samples"]) as grid:
+            grids.append((grid.size, grid.tobytes()))
+    assert len({size for size, _ in grids}) == 1
+    assert grids[0] != grids[2]  # the same noise, another model
 
 
 def test_its_evaluation_is_of_its_last_update(shown):
@@ -160,7 +175,7 @@ def test_its_evaluation_is_of_its_last_update(shown):
     assert found == shown.launched.evaluation
     assert (found.config, found.update, found.samples) == (digest(shown.config), 2, 8)
     assert found.kl is not None
-    assert found.kl.estimate > 0
+    assert found.kl.mean > 0
 
 
 def test_its_checkpoint_holds_the_parameters_that_are_returned(shown):
@@ -196,7 +211,8 @@ def test_diffusers_reads_its_weights(shown, cache):
 
 def launched_alone(run: Run, folder: Path, cache: Path, rewards: Path, number: str, after: int, *more: str):
     """Launch the run from the shell; the number's signal reaches it in the update after checkpoint `after`."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", SIGNAL=number, PYTHONPATH=os.pathsep.join((str(ROOT), str(rewards))))
+    path = os.pathsep.join((str(ROOT), str(rewards)))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", SIGNAL=number, PYTHONPATH=path)
     environment["SIGNAL_AFTER"] = str(folder / "checkpoints" / f"checkpoint-{after:06d}.pt")
     command = [sys.executable, "-m", "verifine", "launch", str(run.folder / "config.yaml"), "--out", str(folder)]
     command += ["--cache", str(cache), *more]
@@ -245,8 +261,8 @@ def test_a_second_ctrl_c_interrupts_at_once(whole, cache, tmp_path):
 @pytest.mark.parametrize(
     "method",
     [
-        "method={name: tho, options: {pilot: 16}}",
-        "method={name: ppo, options: {epochs: 2}}",
+        "method={name: tho, options: {pilot: 16, batch: 4}}",
+        "method={name: ddpo, options: {epochs: 2}}",
         "training.ema=0.5",
     ],
 )
@@ -322,8 +338,7 @@ def test_a_new_folder_goes_on_from_a_checkpoint_of_another(whole, cache, tmp_pat
     lines = read_metrics(tmp_path / "run")
     assert [line["update"] for line in lines] == [6]
     assert lines == read_metrics(whole.folder)[-1:]
-    weights = "lora/pytorch_lora_weights.safetensors"
-    assert (tmp_path / "run" / weights).read_bytes() == (whole.folder / weights).read_bytes()
+    assert contents(tmp_path / "run") == contents(whole.folder)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(whole, cache, tmp_path, capsys):
@@ -367,7 +382,7 @@ def test_a_reward_that_is_none_ends_the_run(function, said, rewards, cache, tmp_
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["model={kind: stable-diffusion, path: ./no-such-folder}"], "model.path: there is no folder './no-such-folder'"),
+        (["model={kind: stable-diffusion, path: /no/such/folder}"], "model.path: there is no folder '/no/such/folder'"),
         (["training.learning_rat=1"], "did you mean training.learning_rate?"),
         (["reward.name=brightnes"], "did you mean brightness?"),
         (["device=cuda:99"], "'cuda:99' is not there"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,6 +27,9 @@ from scale.memory import LiveBytes, Peak, as_on_real_devices, fixed_and_per_samp
 
 MIB = 2**20
 devices = pytest.mark.parametrize("device", ["cpu", "meta"])
+
+# What a process takes depends on the heap that earlier tests left in it: these run in one of their own.
+fresh = pytest.mark.skipif("VERIFINE_FRESH_PROCESS" not in os.environ, reason="run by the last test of this file")
 
 
 def leaf(*shape: int, device: str = "cpu") -> Tensor:
@@ -470,6 +476,7 @@ ways: list[Callable[[], AbstractContextManager[Peak]]] = [
 ]
 
 
+@fresh
 @pytest.mark.skipif(not (memory.PROC / "statm").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("way", ways)
 def test_count_agrees_with_the_growth_of_the_process(way: Callable[[], AbstractContextManager[Peak]]) -> None:
@@ -486,6 +493,7 @@ def test_count_agrees_with_the_growth_of_the_process(way: Callable[[], AbstractC
         assert 0.4 * counted < peak.bytes < 1.1 * counted
 
 
+@fresh
 @pytest.mark.skipif(not (memory.PROC / "statm").exists(), reason="reads Linux's /proc")
 def test_direct_takes_smaller_blocks_from_the_system_and_gives_them_back() -> None:
     with measured_peak() as peak:
@@ -499,6 +507,7 @@ def test_direct_takes_smaller_blocks_from_the_system_and_gives_them_back() -> No
     assert again.bytes == pytest.approx(block.nbytes, rel=0.1)
 
 
+@fresh
 @pytest.mark.skipif(not (memory.PROC / "statm").exists(), reason="reads Linux's /proc")
 def test_a_peak_before_is_not_taken_for_this_one() -> None:
     large = torch.ones(48 * MIB)
@@ -510,6 +519,7 @@ def test_a_peak_before_is_not_taken_for_this_one() -> None:
     assert peak.bytes == pytest.approx(64 * MIB, rel=0.15)
 
 
+@fresh
 def test_where_proc_cannot_be_written_a_thread_looks_and_where_there_is_none_the_largest_ever_must_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
@@ -553,3 +563,13 @@ def test_count_agrees_with_the_allocator_on_cuda() -> None:
     with measured_peak("cuda") as peak:
         step()
     assert predict(step) == pytest.approx(peak.bytes, rel=0.05)
+
+
+@pytest.mark.skipif(not (memory.PROC / "statm").exists(), reason="reads Linux's /proc")
+def test_what_the_process_takes_in_a_process_of_its_own() -> None:
+    here = {"VERIFINE_FRESH_PROCESS": "1", **os.environ}
+    ask = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    names = "growth_of_the_process or takes_smaller_blocks or a_peak_before or where_proc_cannot"
+    done = subprocess.run([*ask, "-k", names], env=here, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "6 passed" in done.stdout
