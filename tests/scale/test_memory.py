@@ -568,7 +568,7 @@ def test_count_agrees_with_the_allocator_on_cuda() -> None:
 @pytest.mark.skipif(not (memory.PROC / "statm").exists(), reason="reads Linux's /proc")
 def test_what_the_process_takes_in_a_process_of_its_own() -> None:
     here = {"VERIFINE_FRESH_PROCESS": "1", **os.environ}
-    ask = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    ask = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     names = "growth_of_the_process or takes_smaller_blocks or a_peak_before or where_proc_cannot"
     done = subprocess.run([*ask, "-k", names], env=here, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
