@@ -62,16 +62,26 @@ Models = Sequence[Model]
 
 def on_models(base: Claim, name: str, checks: tuple[Check, ...], **changes: Any) -> Claim:
     """Return a claim of another chapter with its checks on networks."""
-    return replace(
+    # Stated as it is true: the printed form, judged in the paper's own chapter, is a planted error here.
+    judged = tuple(
+        c if c.printed is None else replace(c, printed=None, controls={"as printed": c.printed, **c.controls})
+        for c in checks
+    )
+    made = replace(
         base,
         id=f"at-scale.{name}",
         chapter=CHAPTER,
+        paper="verifine",
+        about="own",
         source=f"{base.source}; on networks: {base.id}",
-        checks=checks,
+        statement=base.corrected or base.statement,
+        printed="holds",
+        corrected=None,
+        checks=judged,
         figures=lambda context: (),
         tables=lambda context: (),
-        **changes,
     )
+    return replace(made, **changes)
 
 
 def own(name: str, title: str, statement: str, why: str, derivation: str, checks: tuple[Check, ...]) -> Claim:
@@ -487,7 +497,6 @@ def memory(models: Models) -> Claim:
                 Fewer(model, 1.2),
                 lambda at: (by(named.first_order)(at), scores(at)),
                 {"one stored graph": lambda at: (stored(at), scores(at))},
-                printed=lambda at: (stored(at), scores(at)),
                 margin_from="20 per cent, of the issue that asked; bytes of tensors alive, counted, not timed",
             ),
         )
@@ -495,6 +504,8 @@ def memory(models: Models) -> Claim:
     return on_models(
         variances.MEMORY, "memory", tuple(check for model in models for check in checks(model)),
         title="Full back-propagation by the sweep needs the memory of the policy gradient, for 5, 10 and 50 steps",
+        statement="The peak of full back-propagation by the sweep is at most 1.2 times the policy gradient's, whatever the number of steps; "
+        "one stored graph's grows with them.",
         why="Both hold one step's activations and the latents; a stored graph holds every step's. (The reward here is one of the "
         "latents: a decoder's graph comes on top for first order, once, whatever the number of steps.)",
     )  # fmt: skip
