@@ -62,7 +62,3 @@ class Prompts:
             [[rows[(steps - t) * len(rows) // steps] for rows in self.rows] for t in range(1, steps + 1)]
         )
         return StepConditions(table.to(chosen.device)[:, chosen], chosen)
-
-    def spread(self, samples: int, start: int = 0) -> Tensor:
-        """Return prompts for `samples` samples, (samples,): one after the other, beginning with number `start`."""
-        return (torch.arange(samples) + start) % len(self)

@@ -71,10 +71,6 @@ def test_bad_prompts() -> None:
         prompts.condition(torch.tensor([0]), 2)
 
 
-def test_spread_goes_round() -> None:
-    assert Prompts.of(KNOWN[:3], KNOWN).spread(5, start=2).tolist() == [2, 0, 1, 2, 0]
-
-
 def what_it_was_told(task: Any, condition: Any, n: int) -> list[Tensor]:
     """Return what the network's own forward got in each call of a roll-out, t = T first."""
     seen: list[Tensor] = []
