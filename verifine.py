@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(audit)
     audit.add_argument("--out", type=Path, default=Path("out/audit"), metavar="RUN", help="folder of the audit")
     audit.add_argument("--resume", action="store_true", help="keep what is already in RUN if the settings are the same")
+    audit.add_argument("--claim", action="append", default=[], metavar="ID", help="only this claim (repeatable)")
+    audit.add_argument("--jobs", type=_jobs, default=os.cpu_count() or 1, help="worker processes, on the processor")
 
     plan = commands.add_parser("plan", help="which estimator for this model and budget", formatter_class=_Help)
     plan.set_defaults(command=_plan)
@@ -301,7 +303,9 @@ def _audit(options: argparse.Namespace) -> int:
             progress.console.print(line, highlight=False, markup=False)
             progress.advance(bar)
 
-        whole = audit(config, options.out, options.cache, options.resume, on_start, on_done)
+        whole = audit(
+            config, options.out, options.cache, options.resume, on_start, on_done, options.jobs, options.claim
+        )
     for path in write_report(whole, options.out):
         print(path)
     off = [e for e in whole.evidence if not e.as_recorded]

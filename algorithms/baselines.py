@@ -70,12 +70,13 @@ class Learned:
         noise it is paired with, and bias the estimate.
         """
         x = latents[1:].flatten(2)
-        frequencies = torch.randn(features, x.shape[2], generator=generator, dtype=x.dtype)
-        phases = 2 * torch.pi * torch.rand(features, generator=generator, dtype=x.dtype)
+        options = {"generator": generator, "dtype": x.dtype, "device": generator.device}
+        frequencies = torch.randn(features, x.shape[2], **options).to(x.device)
+        phases = 2 * torch.pi * torch.rand(features, **options).to(x.device)
         value = cls(frequencies, phases, x.new_zeros(len(x), features + 1 + x.shape[2]))
         for k in range(len(x)):
             phi = value._features(x[k])
-            gram = phi.T @ phi + ridge * len(phi) * torch.eye(phi.shape[1], dtype=x.dtype)
+            gram = phi.T @ phi + ridge * len(phi) * torch.eye(phi.shape[1], dtype=x.dtype, device=x.device)
             value.weights[k] = torch.linalg.solve(gram, phi.T @ returns)
         return value
 

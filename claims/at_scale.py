@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from algorithms import estimators as named
 from algorithms import rlr
-from algorithms.baselines import Constant
+from algorithms.baselines import LeaveOneOut
 from algorithms.chain import Params, for_reward
 from algorithms.credit import Credit
 from algorithms.estimators import Estimator, with_baseline
@@ -31,19 +32,8 @@ from claims import estimators, released, variances
 from claims import rlr as rlr_claims
 from claims import telescoped as telescoping
 from claims.claim import Check, Claim
-from claims.on_model import (
-    Fewer,
-    Model,
-    Prepared,
-    Sampled,
-    along_names,
-    cut_step_by_step,
-    denormalised_twice,
-    identical,
-    same_mean,
-    scored,
-    times,
-)
+from claims.on_model import SAMPLES, Fewer, Model, Prepared, along_names, identical
+from claims.on_samples import Group, Sampled, Sampling, cut_step_by_step, denormalised_twice, sampled, scored, times
 from scale import audit
 from scale.config import Config, parse
 from scale.memory import LiveBytes
@@ -55,7 +45,6 @@ CHAPTER = "At scale"
 PATHWISE, SCORES = 0.1, 0.3  # margins, as shares of the derivative
 MU = 1e-3  # noise on the parameters, the one of RLR's appendix A.2
 LATENT = ("tiny", "stable-diffusion")
-SAMPLES = 6  # of an identity: each is computed for the whole batch, sample by sample nothing is left to chance
 
 Models = Sequence[Model]
 
@@ -101,6 +90,38 @@ def own(name: str, title: str, statement: str, why: str, derivation: str, checks
     )
 
 
+# --- what is sampled together -------------------------------------------------------------------------------------
+
+
+def lengths(at: Sampling) -> np.ndarray:
+    """The law of truncated back-propagation's length: the whole chain half of the time, any length otherwise."""
+    law = np.full(at.steps, 0.5 / at.steps)
+    law[-1] += 0.5
+    return law
+
+
+def two_sided(at: Sampling) -> Estimator:
+    return named.antithetic(named.zeroth_order(at.steps, MU), "parameters")
+
+
+def corrected(at: Sampling) -> Estimator:
+    return rlr.rlr(at.steps, 1, MU, reading="II", zeroth="antithetic", baseline=at.baseline)
+
+
+BACK_PROPAGATED = Group(
+    "truncated back-propagation",
+    leader=lambda at: named.random_truncation(lengths(at), debiased=True),
+    support=lambda at: np.eye(1, at.steps + 1).repeat(at.steps, 0),
+)
+SCORED = Group(
+    "the policy gradient",
+    leader=lambda at: scored(at, named.policy_gradient(at.steps)),
+    support=lambda at: band(at.steps, min(2, at.steps), at.task.objective.reward.differentiable),
+)
+PERTURBED = Group("zeroth order", leader=two_sided, support=None)
+RECURSIVE = Group("RLR", leader=corrected, support=None)
+
+
 # --- gradients by the sweep and by other means --------------------------------------------------------------------
 
 
@@ -109,28 +130,25 @@ def swept(at: Prepared, estimator: Estimator, micro_batch: int | None = None, *a
     return audit.accumulated(at.task, estimator, at.params, noise, condition, micro_batch)
 
 
+@cache
 def whole_graph(at: Prepared) -> Params:
     noise, condition = at.noise(SAMPLES, "identity")
-    return audit.whole_graph_gradient(at.task, at.params, noise, condition)
+    return audit.whole_graph_gradient(at.task, at.params, noise, condition, recomputed=at.large)
 
 
+@cache
 def by_log_densities(at: Prepared, length: int = 1, mean: bool = False) -> Params:
     noise, condition = at.noise(SAMPLES, "identity")
-    return audit.score_gradient(at.task, at.params, noise, condition, at.mean_return, length, mean)
+    return audit.score_gradient(at.task, at.params, noise, condition, at.baseline.value, length, mean)
 
 
 def sized(reference: Callable[[Prepared], Params], subject: Callable[[Prepared], Params]) -> Callable[[Prepared], Any]:
-    """Return the components of `subject`'s gradient in units of the length of `reference`'s."""
-    return lambda at: at.components(subject(at), audit.norm(reference(at)))
+    """Return the components of `subject`'s gradient along `reference`'s and random directions, as shares of its length."""
+    return lambda at: at.components(subject(at), reference(at))
 
 
 def half_order(at: Prepared, length: int) -> Estimator:
-    return scored(at, named.half_order(at.steps, length)).estimator
-
-
-def sampled_checks(model: Model, *arguments: Any, **options: Any) -> tuple[Check, ...]:
-    """Return a sampled check, in a tuple; none for models on which nothing is sampled."""
-    return (same_mean(model, *arguments, **options),) if model.sampled else ()
+    return scored(at, named.half_order(at.steps, length))
 
 
 def first_order(models: Models) -> Claim:
@@ -150,8 +168,9 @@ def first_order(models: Models) -> Claim:
                 )
             },
         )
-        forward = sampled_checks(
+        forward = sampled(
             model,
+            BACK_PROPAGATED,
             "forward mode",
             "Has first order the mean of forward-mode derivatives of the whole roll-out?",
             subject=lambda at: Sampled(named.first_order(at.steps)),
@@ -161,7 +180,7 @@ def first_order(models: Models) -> Claim:
                 "images denormalised twice": denormalised_twice,
             },
         )
-        return (exact, *forward) if differentiable(model) else ()
+        return (exact, *forward) if model.differentiable else ()
 
     return on_models(
         estimators.FIRST_ORDER,
@@ -202,26 +221,29 @@ def scores(models: Models) -> Claim:
                 },
             )
 
-        def sampled(length: int, what: str, margin: float) -> tuple[Check, ...]:
-            return sampled_checks(
+        def mean(length: int, what: str) -> tuple[Check, ...]:
+            return sampled(
                 model,
+                SCORED,
                 f"{what}, sampled",
                 f"Has {what} the mean of the derivative of the whole roll-out?",
-                subject=lambda at: scored(at, named.half_order(at.steps, length)),
-                margin=margin,
-                printed=lambda at: scored(at, times(named.half_order(at.steps, length), -1)),
+                subject=lambda at: Sampled(scored(at, named.half_order(at.steps, length))),
+                margin=SCORES,
+                printed=lambda at: Sampled(scored(at, times(named.half_order(at.steps, length), -1))),
                 controls={
-                    "half the steps left out": lambda at: scored(
-                        at, without_last_rows(named.half_order(at.steps, length))
+                    "half the steps left out": lambda at: Sampled(
+                        scored(at, without_last_rows(named.half_order(at.steps, length)))
                     )
                 },
             )
 
+        if not model.densities:
+            return ()
         return (
             exact(1, "policy gradient"),
             exact(2, "half order"),
-            *sampled(1, "policy gradient", SCORES),
-            *sampled(2, "half order", SCORES),
+            *mean(1, "policy gradient"),
+            *mean(2, "half order"),
         )
 
     return on_models(estimators.HALF_ORDER, "half-order", tuple(check for model in models for check in checks(model)))
@@ -236,11 +258,9 @@ def without_last_rows(estimator: Estimator) -> Estimator:
 
 def zeroth_order(models: Models) -> Claim:
     def checks(model: Model) -> tuple[Check, ...]:
-        def two_sided(at: Prepared) -> Estimator:
-            return named.antithetic(named.zeroth_order(at.steps, MU), "parameters")
-
-        return sampled_checks(
+        return sampled(
             model,
+            PERTURBED,
             "two-sided",
             "Has the two-sided zeroth-order estimator, with noise of 0.001 on every step's weights, the derivative's mean?",
             subject=lambda at: Sampled(two_sided(at)),
@@ -261,6 +281,8 @@ def log_densities(models: Models) -> Claim:
     """The sum over dimensions."""
 
     def checks(model: Model) -> tuple[Check, ...]:
+        if not model.densities:
+            return ()
         return (
             identical(
                 model,
@@ -293,19 +315,17 @@ def without_first_row(estimator: Estimator) -> Estimator:
 def truncation(models: Models) -> Claim:
     """AlignProp's random truncation."""
 
-    def law(at: Prepared) -> np.ndarray:
-        return np.full(at.steps, 1 / at.steps)
-
     def checks(model: Model) -> tuple[Check, ...]:
-        if not differentiable(model):
+        if not model.differentiable:
             return ()
-        return sampled_checks(
+        return sampled(
             model,
+            BACK_PROPAGATED,
             "random truncation",
             "Has random truncation, with every step divided by its probability to be reached, the derivative's mean?",
-            subject=lambda at: Sampled(named.random_truncation(law(at), debiased=True)),
+            subject=lambda at: Sampled(named.random_truncation(lengths(at), debiased=True)),
             margin=PATHWISE,
-            printed=lambda at: Sampled(named.random_truncation(law(at))),
+            printed=lambda at: Sampled(named.random_truncation(lengths(at))),
             controls={"last step only": lambda at: Sampled(named.truncated(at.steps, 1))},
         )
 
@@ -327,7 +347,7 @@ def recursive(models: Models) -> Claim:
         return rlr.rlr(at.steps, 1, MU, reading=reading).credit
 
     def checks(model: Model) -> tuple[Check, ...]:
-        if not differentiable(model):
+        if not model.differentiable:
             return ()
         means = tuple(
             identical(
@@ -346,21 +366,16 @@ def recursive(models: Models) -> Claim:
             )
             for reading in ("I", "II")
         )
-        return means + sampled_checks(
+        if not model.densities:
+            return means
+        return means + sampled(
             model,
+            RECURSIVE,
             "RLR(1), reading II",
             "Has corrected RLR, both signs of its noise taken, the mean of the derivative of the whole roll-out?",
-            subject=lambda at: Sampled(
-                rlr.rlr(at.steps, 1, MU, reading="II", zeroth="antithetic", baseline=Constant(at.mean_return))
-            ),
+            subject=lambda at: Sampled(corrected(at)),
             margin=SCORES,
-            controls={
-                "block and zeroth order with the sign flipped": lambda at: Sampled(
-                    flipped(
-                        rlr.rlr(at.steps, 1, MU, reading="II", zeroth="antithetic", baseline=Constant(at.mean_return))
-                    )
-                )
-            },
+            controls={"block and zeroth order with the sign flipped": lambda at: Sampled(flipped(corrected(at)))},
         )
 
     return on_models(
@@ -376,26 +391,29 @@ def flipped(estimator: Estimator) -> Estimator:
     return replace(estimator, credit=replace(estimator.credit, matrices=matrices))
 
 
-def telescope(models: Models) -> Claim:
-    def fitted(at: Prepared) -> Estimator:
-        task, settings = at.task, at.task.config.audit
-        pathwise = task.objective.reward.differentiable
-        support = band(at.steps, 2, pathwise)
-        source = task.generator("audit", "telescoped")
-        pilot = 4 * min(16, settings.batch)
-        return telescoped(
-            task.chain, task.params, task.objective, support, source,
-            baseline=Constant(at.mean_return), pilot=pilot, batch=pilot // 4, condition=task.condition(pilot // 4),
-        )  # fmt: skip
+@cache
+def fitted_weights(at: Sampling) -> Estimator:
+    """Return THO of width 2, fitted on roll-outs that are used for nothing else."""
+    task, pilot = at.task, 4 * min(64, at.task.config.audit.batch)
+    support = band(at.steps, 2, task.objective.reward.differentiable)
+    return telescoped(
+        task.chain, task.params, task.objective, support, task.generator("audit", "telescoped"),
+        baseline=at.baseline, pilot=pilot, batch=pilot // 4, condition=task.condition(pilot // 4),
+    )  # fmt: skip
 
+
+def telescope(models: Models) -> Claim:
     def checks(model: Model) -> tuple[Check, ...]:
-        return sampled_checks(
+        if not model.densities or model.sampled_steps < 2:
+            return ()
+        return sampled(
             model,
+            SCORED,
             "THO(2)",
             "Has THO of width 2, with weights fitted on other roll-outs, the derivative's mean?",
-            subject=lambda at: Sampled(fitted(at)),
+            subject=lambda at: Sampled(fitted_weights(at)),
             margin=SCORES,
-            controls={"weights that sum to 0.5": lambda at: Sampled(times(fitted(at), 0.5))},
+            controls={"weights that sum to 0.5": lambda at: Sampled(times(fitted_weights(at), 0.5))},
         )
 
     return on_models(
@@ -405,31 +423,34 @@ def telescope(models: Models) -> Claim:
     )  # fmt: skip
 
 
+@cache
+def fitted_lengths(at: Sampling) -> Estimator:
+    """Return SRT of half the chain's length, fitted on other roll-outs.
+
+    Its lengths are drawn one by one: what is sampled are single samples.
+    """
+    task, pilot = at.task, min(256, at.task.config.audit.batch)
+    expected = (at.steps + 1) / 2
+    arguments = (task.chain, task.params, task.objective, expected, task.generator("audit", "stratified"))
+    made = fitted_truncation(*arguments, pilot=pilot, condition=task.condition(pilot))
+    return replace(made, credit=replace(made.credit, stratified=False))
+
+
 def stratified(models: Models) -> Claim:
-    def fitted(at: Prepared) -> Estimator:
-        task, length = at.task, min(3.0, at.steps)
-        source, pilot = task.generator("audit", "stratified"), min(64, task.config.audit.batch)
-        arguments = (task.chain, task.params, task.objective, length, source)
-        return fitted_truncation(*arguments, pilot=pilot, condition=task.condition(pilot))
-
-    def plain(at: Prepared) -> Estimator:
-        """The same lengths, drawn one by one: what is sampled here are single samples."""
-        made = fitted(at)
-        return replace(made, credit=replace(made.credit, stratified=False))
-
-    def unweighted(at: Prepared) -> Estimator:
-        made = plain(at)
+    def unweighted(at: Sampling) -> Estimator:
+        made = fitted_lengths(at)
         ones = (made.credit.matrices != 0).astype(float)
         return replace(made, credit=replace(made.credit, matrices=ones))
 
     def checks(model: Model) -> tuple[Check, ...]:
-        if not differentiable(model):
+        if not model.differentiable or model.sampled_steps < 2:
             return ()
-        return sampled_checks(
+        return sampled(
             model,
-            "SRT(3)",
+            BACK_PROPAGATED,
+            "SRT",
             "Has debiased truncation with lengths of a law fitted on other roll-outs the derivative's mean?",
-            subject=lambda at: Sampled(plain(at)),
+            subject=lambda at: Sampled(fitted_lengths(at)),
             margin=PATHWISE,
             controls={"steps not divided by their probability": lambda at: Sampled(unweighted(at))},
         )
@@ -485,7 +506,8 @@ def memory(models: Models) -> Claim:
         return peaks(at, lambda task, noise, c: audit.whole_graph_gradient(task, at.params, noise, c))
 
     def checks(model: Model) -> tuple[Check, ...]:
-        if not differentiable(model) or model.settings.sampler.scheduler != "ddim":
+        apt = model.differentiable and model.densities and model.settings.sampler.scheduler == "ddim"
+        if not apt or model.large:  # there a graph of 50 steps fits no memory; `plan` predicts what is needed
             return ()
         scores = by(named.policy_gradient)
         return (
@@ -546,13 +568,15 @@ def ratio(models: Models) -> Claim:
                 controls={"parameters of the next update": lambda at: ratios(at, next_update)},
             )
             for model in models
+            if model.densities
         ),
     )
 
 
 def next_update(at: Prepared) -> Params:
-    """Parameters a small step away along the natural direction."""
-    return {name: p + 1e-2 * at.direction[name] for name, p in at.params.items()}
+    """Parameters a small step away."""
+    (direction,) = at.directions(1)
+    return {name: p + 1e-2 * direction[name] for name, p in at.params.items()}
 
 
 def adapters_off(models: Models) -> Claim:
@@ -607,7 +631,7 @@ def without_adapters(network: torch.nn.Module) -> Iterator[None]:
 
 def micro_batches(models: Models) -> Claim:
     def estimator(at: Prepared) -> Estimator:
-        return with_baseline(named.half_order(at.steps, 2), named_baseline())
+        return with_baseline(named.half_order(at.steps, 2), LeaveOneOut())
 
     def forgetful(at: Prepared) -> Params:
         """Planted error: each micro-batch with a baseline of its own."""
@@ -643,15 +667,10 @@ def micro_batches(models: Models) -> Claim:
                 controls={"a baseline in every micro-batch": sized(whole, forgetful)},
             )
             for model in models
+            if model.densities
             for size in (1, 2)
         ),
     )
-
-
-def named_baseline() -> Any:
-    from algorithms.baselines import LeaveOneOut
-
-    return LeaveOneOut()
 
 
 def checkpointing(models: Models) -> Claim:
@@ -687,7 +706,7 @@ def checkpointing(models: Models) -> Claim:
             )
             for model in models
             # A pixel U-Net's own switch leaves attention alone, where the adapters are: nothing is wrong there.
-            if differentiable(model) and model.settings.lora is not None and model.settings.model.kind in LATENT
+            if model.differentiable and model.settings.lora is not None and model.settings.model.kind in LATENT
         ),
     )
 
@@ -766,14 +785,6 @@ def by_the_book(at: Prepared, latents: Tensor) -> Tensor:
     with torch.no_grad():
         raw = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     return pipeline.image_processor.postprocess(raw, output_type="pt")
-
-
-def differentiable(model: Model) -> bool:
-    """Whether the model's reward has a gradient, by its name: the checks are listed before anything is loaded."""
-    settings = model.settings.reward
-    if settings.name == "custom":
-        return bool(settings.options.get("differentiable", False))
-    return not settings.name.startswith("jpeg")
 
 
 # --- the chapter --------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from algorithms.chain import Condition, Noise, Params, at_step, for_reward, of_samples, step_log_prob
-from algorithms.estimators import Estimator, first_order, policy_gradient
+from algorithms.chain import Condition, Noise, Params, at_step, for_reward, step_log_prob
+from algorithms.estimators import Estimator
 from algorithms.objective import Objective
 from scale.config import Config
 from scale.config import Method as Choice
@@ -49,23 +50,45 @@ def in_double(task: Task) -> Task:
 
 
 def whole_rollout(
-    chain: NetworkChain, params: Params, noise: Noise, condition: Condition, cut: Cut | None = None
+    chain: NetworkChain,
+    params: Params,
+    noise: Noise,
+    condition: Condition,
+    cut: Cut | None = None,
+    recomputed: bool = False,
 ) -> Tensor:
-    """Return x_0 (n, *shape) with a graph through all steps; `cut` may detach what it likes of the outputs."""
+    """Return x_0 (n, *shape) with a graph through all steps.
+
+    Args:
+        cut: may detach what it likes of the outputs.
+        recomputed: keep the latents only, and let torch compute each step's activations again in the backward pass.
+    """
     x = chain.initial(noise.initial)
     for t in range(chain.steps, 0, -1):
-        seen = chain.sampler.network_input(x, t)
-        output = chain.output(params, seen, chain.sampler.timesteps[t - 1], at_step(condition, t))
-        x = chain.sampler.mean(x, output if cut is None else cut(output, t), t) + chain.std(t) * noise.steps[t - 1]
+        mean = _recomputed if recomputed else _mean
+        x = mean(chain, params, x, t, condition, cut) + chain.std(t) * noise.steps[t - 1]
     return x
 
 
+def _mean(chain: NetworkChain, params: Params, x: Tensor, t: int, condition: Condition, cut: Cut | None) -> Tensor:
+    seen = chain.sampler.network_input(x, t)
+    output = chain.output(params, seen, chain.sampler.timesteps[t - 1], at_step(condition, t))
+    return chain.sampler.mean(x, output if cut is None else cut(output, t), t)
+
+
+def _recomputed(
+    chain: NetworkChain, params: Params, x: Tensor, t: int, condition: Condition, cut: Cut | None
+) -> Tensor:
+    # The whole step is run again, its parameters put into the network anew: see scale.network.checkpoint_blocks.
+    return checkpoint(lambda p, y: _mean(chain, p, y, t, condition, cut), params, x, use_reentrant=False)
+
+
 def whole_graph_gradient(
-    task: Task, params: Params, noise: Noise, condition: Condition, cut: Cut | None = None
+    task: Task, params: Params, noise: Noise, condition: Condition, recomputed: bool = False
 ) -> Params:
     """Return the gradient of the batch's mean reward by one graph through sampler, decoder and reward."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
-    x0 = whole_rollout(task.chain, leaves, noise, condition, cut)
+    x0 = whole_rollout(task.chain, leaves, noise, condition, recomputed=recomputed)
     value = task.objective.reward(x0, for_reward(condition)).mean()
     return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
 
@@ -158,57 +181,23 @@ def random_direction(params: Params, generator: torch.Generator) -> Params:
     return {name: value / length for name, value in drawn.items()}
 
 
-class _One:
-    """A reward that is one: what is left of a score estimator is the score."""
+def natural_direction(estimates: Tensor, gradient: Tensor, ridge: float = 1.0) -> Tensor:
+    """Return (C + r)^-1 g of length one, (p,): the direction in which an estimator tells most about the gradient g.
 
-    differentiable = False
+    C is the covariance of one sample's estimate, r its mean variance times `ridge` times p / n. Along v the
+    signal-to-noise ratio is <g, v> / sqrt(<v, C v>), which C^-1 g makes largest. For the policy gradient that is the
+    natural gradient; for estimators with noise on the parameters it is nearly g itself.
 
-    def __call__(self, x0: Tensor, condition: Tensor | None) -> Tensor:
-        return x0.new_ones(len(x0))
-
-
-def natural_direction(
-    task: Task, params: Params, noise: Noise, condition: Condition, batch: int = 64, ridge: float = 1.0
-) -> Params:
-    """Return (F + r)^-1 g of length one, the direction in which roll-outs tell most about the gradient g.
-
-    F is the mean square of the scores s of whole roll-outs, g the mean of the pathwise gradients (where the reward has
-    none: of the scores times the centred reward), r the mean square of s times `ridge`. Along v a score estimator's
-    signal-to-noise ratio is <g, v> / sqrt(<v, F v> Var R), which F^-1 g makes largest; along a random direction it is
-    so small for a large network that nothing could be told.
+    Args:
+        estimates: (n, p), of a pilot.
     """
-    count = task.chain.steps
-    one = Objective(_One())
-    scores, slopes, rewards = [], [], []
-    for start in range(0, noise.samples, batch):
-        part = slice(start, min(start + batch, noise.samples))
-        arguments = (noise.of(part), of_samples(condition, part))
-        scores.append(_flat(policy_gradient(count).per_sample(task.chain, params, one, *arguments)))
-        if task.objective.reward.differentiable:
-            slopes.append(_flat(first_order(count).per_sample(task.chain, params, task.objective, *arguments)))
-        else:
-            with torch.no_grad():
-                x0 = whole_rollout(task.chain, params, *arguments)
-                rewards.append(task.objective.reward(x0, for_reward(arguments[1])))
-    s = torch.cat(scores)
-    if slopes:
-        g = torch.cat(slopes).mean(0)
-    else:
-        centred = torch.cat(rewards) - torch.cat(rewards).mean()
-        g = (centred[:, None] * s).mean(0)
-    # (S'S / n + r)^-1 g by the identity of Woodbury: n x n systems instead of p x p.
-    gram = s @ s.T
+    centred = estimates - estimates.mean(0)
+    # By the identity of Woodbury: an n x n system instead of a p x p one.
+    gram = centred @ centred.T
     level = ridge * gram.diagonal().mean()
-    inner = torch.linalg.solve(gram + level * torch.eye(len(s), dtype=s.dtype, device=s.device), s @ g)
-    v = g - s.T @ inner
-    v = v / v.norm()
-    sizes = [p.numel() for p in params.values()]
-    pieces = v.split(sizes)
-    return {name: piece.reshape(p.shape) for (name, p), piece in zip(params.items(), pieces, strict=True)}
-
-
-def _flat(gradients: Params) -> Tensor:
-    return torch.cat([value.flatten(1) for value in gradients.values()], 1)
+    inner = torch.linalg.solve(gram + level * torch.eye(len(gram)).to(gram), centred @ gradient)
+    v = gradient - centred.T @ inner
+    return v / v.norm()
 
 
 # --- measurements -------------------------------------------------------------------------------------------------

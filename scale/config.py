@@ -143,10 +143,18 @@ class Model(Strict):
         "random weights, for tests; pixel: a diffusers UNet2DModel; stable-diffusion: v1 or v2",
     )
     path: str | None = Field(
-        default=None, min_length=1, description="hub id or local folder, for pixel and stable-diffusion"
+        default=None,
+        min_length=1,
+        description="local folder or hub id, for pixel (unet/ and scheduler/, weights as safetensors) and for "
+        "stable-diffusion",
     )
     revision: str | None = Field(
         default=None, min_length=1, description="commit, tag or branch on the hub; null: the newest"
+    )
+    no_class: Literal["last", "none"] = Field(
+        default="last",
+        description="what a pixel model is told for no class. last: its last label, as in digits; none: nothing, since "
+        "every label is a class, and then there is no guidance and prompts.conditional is true",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="number type of the frozen weights; what is trained is always float32"
@@ -320,25 +328,35 @@ class Audit(Strict):
         default=(),
         description="methods to audit beside this file's own, by name or as {name, options, baseline}",
     )
-    directions: Count = Field(default=2, description="random directions of the parameters along which it is checked")
-    step: float = Field(
-        default=1e-2, gt=0, description="length of the step of the finite differences that it is held against"
+    directions: Count = Field(
+        default=2, description="random directions along which gradients are compared, beside the gradient's own"
     )
     error: float = Field(default=0.01, gt=0, le=0.5, description="probability of any wrong verdict in the whole audit")
+    samples: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="most roll-outs of an estimator, after which its verdict is inconclusive; 0: nothing is sampled, "
+        "only identities are checked; null: 65536 for networks of at most a million parameters, 0 for larger ones",
+    )
+    steps: Count | None = Field(
+        default=None,
+        description="sampling steps of the chain on which estimators are sampled; null: the sampler's own; identities "
+        "and costs are always of the sampler's own",
+    )
     pilot: Annotated[int, Field(ge=2)] = Field(
-        default=512,
-        description="roll-outs on which the direction that tells most is fitted, and its derivative measured",
+        default=1024,
+        description="roll-outs on which an estimator's direction is fitted, in which it tells most; four times as many "
+        "for its baseline",
     )
-    samples: Annotated[int, Field(ge=2)] = Field(
-        default=65536, description="most roll-outs of an estimator, after which its verdict is inconclusive"
+    step: float = Field(
+        default=1e-2, gt=0, description="length of the step of a finite difference, the reference of a black-box reward"
     )
+    batch: Annotated[int, Field(ge=2)] = Field(default=1024, description="roll-outs at once")
     measured: Annotated[int, Field(ge=4)] = Field(
-        default=512, description="roll-outs on which each estimator's variance and time are measured"
+        default=256, description="roll-outs on which each estimator's variance and time are measured"
     )
     measured_batch: Annotated[int, Field(ge=2, multiple_of=2)] = Field(
         default=16, description="roll-outs at once in that, an even number; peak memory is this batch's"
     )
-    batch: Annotated[int, Field(ge=2)] = Field(default=64, description="roll-outs at once")
 
 
 class Logging(Strict):
@@ -380,13 +398,16 @@ class Config(Strict):
         _check_batches(self)
         _check_method(self.method, "method", self.training.batch, self)
         for i, method in enumerate(self.audit.estimators):
-            _check_method(method, f"audit.estimators.{i}", self.audit.batch, self)
+            _check_method(method, f"audit.estimators.{i}", self.audit.measured_batch, self)
         _check_audited(self.audit.estimators)
+        _check_audit_steps(self)
         return self
 
 
 def _check_model(config: Config) -> None:
     model = config.model
+    if model.no_class != "last" and model.kind != "pixel":
+        raise broken("model.no_class", model.no_class, "must be last where model.kind is not pixel")
     if model.kind in ("pixel", "stable-diffusion"):
         if model.path is None:
             raise broken("model.path", None, f"must be a hub id or a local folder for model.kind = {model.kind}")
@@ -406,6 +427,11 @@ def _check_sampler(config: Config) -> None:
         raise broken("sampler.steps", sampler.steps, "must be >= 2 when the last step is frozen")
     if sampler.guidance != 1 and not config.prompts.conditional:
         raise broken("sampler.guidance", sampler.guidance, "must be 1 when prompts.conditional is false")
+    if config.model.no_class == "none":
+        if sampler.guidance != 1:
+            raise broken("sampler.guidance", sampler.guidance, "must be 1 where model.no_class is none")
+        if not config.prompts.conditional:
+            raise broken("prompts.conditional", False, "must be true where model.no_class is none")
     if config.kl > 0:
         _check_noise(range(1, chain_steps(config) + 1), f"kl = {config.kl:g}", sampler)
 
@@ -421,8 +447,8 @@ def _check_prompts(config: Config) -> None:
             raise broken(f"prompts.{key}", given, str(error)) from error
         for prompt in prompts:
             texts = (prompt,) if isinstance(prompt, str) else prompt
-            if len(texts) > config.sampler.steps:
-                rule = f"must not have more parts than the chain has steps, {config.sampler.steps}"
+            if len(texts) > chain_steps(config):
+                rule = f"must not have more parts than the chain has steps, {chain_steps(config)}"
                 raise broken(f"prompts.{key}", list(texts), rule)
             if config.model.kind == "digits" and not all(re.fullmatch("[0-9]", text) for text in texts):
                 raise broken(f"prompts.{key}", prompt, 'must be digits "0" to "9" for model.kind = digits')
@@ -467,6 +493,26 @@ def _check_audited(methods: Sequence[Method]) -> None:
         if METHODS[method.name].loss:
             rule = "must be an estimator, whose mean can be held against finite differences, not a surrogate loss"
             raise broken(f"audit.estimators.{i}.name", method.name, rule)
+
+
+def _check_audit_steps(config: Config) -> None:
+    steps, frozen = config.audit.steps, config.sampler.last_step == "frozen"
+    if steps is None:
+        return
+    if steps > config.sampler.steps:
+        raise broken("audit.steps", steps, f"must not be more than sampler.steps = {config.sampler.steps}")
+    given = [*read_prompts(config.prompts.train), *read_prompts(config.prompts.held_out or ())]
+    parts = max(1 if isinstance(prompt, str) else len(prompt) for prompt in given)
+    if steps < parts + frozen:
+        rule = f"must be >= {parts + frozen}, for prompts of {parts} parts" + (" and a frozen step" if frozen else "")
+        raise broken("audit.steps", steps, rule)
+
+
+def sampled_settings(config: Config) -> Config:
+    """Return the settings of the chain on which an audit samples: `audit.steps` in place of the sampler's own."""
+    if config.audit.steps is None:
+        return config
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"steps": config.audit.steps})})
 
 
 def chain_steps(config: Config) -> int:

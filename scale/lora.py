@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ import torch
 from torch import nn
 
 from algorithms.chain import Params
+from scale.checkpoints import write_atomically
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name that diffusers looks for."""
 
 
 def add_lora(network: Any, rank: int, alpha: float, targets: Sequence[str], seed: int) -> Params:
@@ -66,7 +72,11 @@ def all_parameters(network: nn.Module) -> Params:
 def save_lora(network: Any, params: Params, folder: Path) -> Path:
     """Write the adapters of a Stable Diffusion U-Net as a file that `pipeline.load_lora_weights(folder)` reads.
 
-    The scale alpha / rank goes with them; a file without it would be read as alpha = rank.
+    The scale alpha / rank goes with them; a file without it would be read as alpha = rank. Equal adapters give equal
+    bytes, and a kill at any moment leaves the old file or the new one.
+
+    Raises:
+        OSError: if the file cannot be written; the old one is left.
     """
     diffusers: Any = importlib.import_module("diffusers")
     from diffusers.training_utils import _collate_lora_metadata
@@ -74,10 +84,28 @@ def save_lora(network: Any, params: Params, folder: Path) -> Path:
 
     # Not through the network itself: it stays as it was given, which is what a frozen last step is made with.
     layers = get_peft_model_state_dict(network, state_dict={name: p.detach() for name, p in params.items()})
-    diffusers.StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=layers, **_collate_lora_metadata({"unet": network})
-    )
-    return folder / "pytorch_lora_weights.safetensors"
+    settings = {
+        part: {key: sorted(value) if isinstance(value, set) else value for key, value in own.items()}
+        for part, own in _collate_lora_metadata({"unet": network}).items()
+    }
+    with tempfile.TemporaryDirectory() as aside:
+        diffusers.StableDiffusionPipeline.save_lora_weights(aside, unet_lora_layers=layers, **settings)
+        written = (Path(aside) / LORA_FILE).read_bytes()
+    file = folder / LORA_FILE
+    write_atomically(file, _with_sorted_header(written))
+    return file
+
+
+def _with_sorted_header(written: bytes) -> bytes:
+    """Return a safetensors file with the keys of its header in order; the library leaves the metadata's to chance.
+
+    A file is the length of the header in 8 bytes, little-endian; the header, in JSON padded with spaces to a multiple
+    of 8; the numbers, whose places in what follows are in the header.
+    """
+    end = 8 + int.from_bytes(written[:8], "little")
+    header = json.dumps(json.loads(written[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + written[end:]
 
 
 def load(network: nn.Module, params: Params) -> None:

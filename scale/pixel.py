@@ -34,31 +34,51 @@ class PixelDecoder:
         return (x0 / 2 + 0.5).clamp(0, 1)
 
 
-def load_unet(folder: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Load a `UNet2DModel` and its scheduler from the sub-folders unet/ and scheduler/ of a local folder.
+def load_unet(path: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> tuple[Any, Any]:
+    """Load a `UNet2DModel` and its scheduler from unet/ and scheduler/ of a local folder, or of a hub id.
+
+    Weights come from safetensors only; of a hub id, nothing but these and the configurations is downloaded.
+
+    Args:
+        revision: commit, tag or branch on the hub.
 
     Raises:
-        ValueError: if there are none, they are of other classes, or the network knows no classes.
+        ValueError: if there are none, they are of other classes, or the network knows no classes; if a revision is
+            asked of a local folder.
     """
     diffusers: Any = importlib.import_module("diffusers")
+    if Path(path).is_dir() and revision is not None:
+        raise ValueError(f"model.revision must be null for a local folder, got {revision!r}")
+    folder = path if Path(path).is_dir() else _download(path, revision)
     for part in ("unet", "scheduler"):
         if not (Path(folder) / part).is_dir():
-            raise ValueError(f"model.path: the folder {folder!r} has no sub-folder {part!r}")
+            raise ValueError(f"model.path: the folder {path!r} has no sub-folder {part!r}")
     kind = named_class(Path(folder) / "unet" / "config.json", "model.path")
     if kind != "UNet2DModel":
-        raise ValueError(f"model.path: the network in {folder!r} is a {kind}, must be a UNet2DModel")
+        raise ValueError(f"model.path: the network in {path!r} is a {kind}, must be a UNet2DModel")
     steps = named_class(Path(folder) / "scheduler" / "scheduler_config.json", "model.path")
     if not hasattr(diffusers, steps):
-        raise ValueError(f"model.path: the scheduler in {folder!r} is a {steps}, which diffusers does not know")
+        raise ValueError(f"model.path: the scheduler in {path!r} is a {steps}, which diffusers does not know")
     network = from_pretrained(
-        diffusers.UNet2DModel.from_pretrained, str(Path(folder) / "unet"), "model.path", torch_dtype=dtype
+        diffusers.UNet2DModel.from_pretrained,
+        str(Path(folder) / "unet"),
+        "model.path",
+        torch_dtype=dtype,
+        use_safetensors=True,
     )
     scheduler = from_pretrained(
         getattr(diffusers, steps).from_pretrained, str(Path(folder) / "scheduler"), "model.path"
     )
     if not network.config.num_class_embeds:
-        raise ValueError(f"model.path: the U-Net in {folder!r} is told no class (num_class_embeds is not set)")
+        raise ValueError(f"model.path: the U-Net in {path!r} is told no class (num_class_embeds is not set)")
     return network.eval().requires_grad_(False), scheduler
+
+
+def _download(path: str, revision: str | None) -> str:
+    """Return the local folder of a hub id, downloaded at first use."""
+    hub: Any = importlib.import_module("huggingface_hub")
+    files = ["unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
+    return from_pretrained(hub.snapshot_download, path, "model.path", revision=revision, allow_patterns=files)
 
 
 def pixel_chain(

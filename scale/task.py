@@ -157,17 +157,16 @@ Made = tuple[NetworkChain, Sequence[str], dict[str, Any]]
 
 
 def _pixel(config: Config, cache: Path, device: torch.device, progress: bool) -> Made:
-    folder = config.model.path
-    if config.model.revision is not None:
-        raise ValueError(f"model.revision must be null for a local folder, got {config.model.revision!r}")
+    path = config.model.path
     if config.model.kind == "digits":
         from scale.digits import digits_model
 
-        folder = str(digits_model(cache, progress=progress))
-    network, own = load_unet(str(folder), DTYPES[config.model.dtype])
+        path = str(digits_model(cache, progress=progress))
+    network, own = load_unet(str(path), DTYPES[config.model.dtype], config.model.revision)
     known = network.config.num_class_embeds
-    # A label more than there are images of is "no class" by the convention of scale.digits.
-    classes = known - 1
+    classes = known - (config.model.no_class == "last")
+    if not classes:
+        raise ValueError("model.no_class must be none for a network that knows one label only, got last")
     side = network.config.sample_size
     if config.model.resolution not in (None, side):
         raise ValueError(f"model.resolution must be null or {side} for this model, got {config.model.resolution}")

@@ -1,8 +1,13 @@
 """The benchmarks compare equal work: each naive loop gives the library's numbers. Nothing here is timed."""
 
+import json
+
+import numpy as np
 import pytest
+import torch
 
 from benchmarks import estimators as bench
+from benchmarks import unet
 
 CASES = {"linear-gaussian": bench.linear_gaussian(), "mlp": bench.mlp(steps=4)}
 
@@ -11,3 +16,136 @@ CASES = {"linear-gaussian": bench.linear_gaussian(), "mlp": bench.mlp(steps=4)}
 @pytest.mark.parametrize("name", bench.pairs(4))
 def test_naive_loop_gives_the_librarys_numbers(case, name):
     bench.check(case, name)
+
+
+# --- the U-Net, here a small one ---------------------------------------------------------------------------------
+
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    "norm_num_groups": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(unet, "UNET", SMALL)
+    monkeypatch.setattr(unet, "OUT", tmp_path)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def small_problem(device="cpu", steps=STEPS, checkpointing=False):
+    return unet.problem(8, steps, 1.0, checkpointing, device)
+
+
+@pytest.mark.parametrize("name", [*unet.ESTIMATORS, unet.ONE_GRAPH])
+def test_workload_makes_the_forward_passes_it_announces(name):
+    work, problem, passes = unet.workload(name, STEPS), small_problem(), []
+    problem.chain.network.register_forward_pre_hook(lambda *_: passes.append(1))
+    work.run(problem, 1)
+    assert len(passes) == work.forwards
+
+
+@pytest.mark.parametrize("name", set(unet.ESTIMATORS) - {"truncated"})
+def test_estimators_pay_every_step_once_on_average(name):
+    least, make = unet.ESTIMATORS[name]
+    for steps in (least, least + 3):
+        np.testing.assert_allclose(make(steps).credit.row_sums(), 1, atol=1e-12)
+
+
+def test_srt_runs_the_length_it_has_on_average():
+    credit = unet.srt(6).credit
+    reach = [(matrix[:, 0] > 0).sum() for matrix in credit.matrices]
+    assert credit.probabilities @ reach == pytest.approx(3)
+    assert reach[unet.typical(credit)] == 3
+
+
+def test_one_graph_takes_the_gradient_of_first_order(monkeypatch):
+    problem, found = small_problem(), []
+
+    def keep(params, returns):
+        found.append({name: p.grad.clone() for name, p in params.items()})
+        for p in params.values():
+            p.grad = None
+        return float(returns.mean())
+
+    monkeypatch.setattr(unet, "finished", keep)
+    returns = [unet.workload(name, STEPS).run(problem, 2) for name in ("first-order", unet.ONE_GRAPH)]
+    assert returns[0] == pytest.approx(returns[1])
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], rtol=1e-3, atol=1e-6)
+    assert any(grad.any() for grad in found[0].values())
+
+
+def test_peak_of_the_sweep_grows_with_its_latents_only_and_that_of_one_graph_with_the_steps():
+    def peak(name, steps):
+        return unet.counted(unet.workload(name, steps), small_problem(steps=steps), 1)["counted"]
+
+    latents = 4 * 8 * 8 * 4  # bytes of one
+    for name in ("first-order", "policy-gradient"):
+        assert peak(name, 4) - peak(name, 2) <= 2 * 4 * latents
+    assert peak(unet.ONE_GRAPH, 4) > 1.8 * peak(unet.ONE_GRAPH, 2)
+
+
+def test_short_chains_leave_out_what_they_have_no_room_for():
+    names = list(unet.ESTIMATORS)
+    assert list(unet.workloads(names, 4)) == names
+    assert set(names) - set(unet.workloads(names, 2)) == {"srt", "rlr"}
+    assert set(unet.workloads(names, 1)) == {"policy-gradient", "first-order", "truncated", "zeroth-order"}
+
+
+def test_command_writes_what_it_measured_under_the_name_of_its_options(threads, tmp_path, capsys):
+    arguments = ["--size", "8", "--steps", "1", "--checkpointed", "--measure", "counted", "growth", "predicted"]
+    unet.main([*arguments, "--estimators", "first-order", "srt"])
+    record = json.loads(
+        (tmp_path / "unet-64px-1-steps-first-order-srt-checkpointed-predicted-growth-counted.json").read_text()
+    )
+    assert list(record["sections"]) == list(unet.SECTIONS)
+    for (row,) in record["sections"].values():
+        assert row["name"] == "first-order"
+        assert row["seconds"] > 0
+        assert row["growth"] >= 0
+        assert row["cpu seconds"] > 0
+        assert 0 < row["per further sample"] < row["predicted"] == pytest.approx(row["counted"], rel=0.01)
+    assert "srt left out: it needs 4 steps or more" in capsys.readouterr().out
+
+
+def test_interrupted_command_keeps_what_it_has(threads, tmp_path, monkeypatch, capsys):
+    def counted(work, real, batch):
+        if work.title == "first order":
+            raise KeyboardInterrupt
+        return {"counted": 1, "seconds": 2.0, "cpu seconds": 2.0}
+
+    monkeypatch.setitem(unet.MEASURE, "counted", counted)
+    unet.main(["--size", "8", "--steps", "2"])
+    (file,) = tmp_path.iterdir()
+    ((row,),) = json.loads(file.read_text())["sections"].values()
+    assert row["name"] == "policy-gradient"
+    assert "stopped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps must be >= 1, got 0"),
+        (["--size", "12"], "--size must be a multiple of 8, got 12"),
+        (["--steps", "3", "--estimators", "srt"], "--steps must be >= 4 for srt, got 3"),
+        (["--estimators", "ddpo"], "invalid choice: 'ddpo'"),
+    ],
+)
+def test_wrong_options_are_told(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        unet.main(arguments)
+    assert message in capsys.readouterr().err

@@ -245,6 +245,20 @@ CROSSED = [
         "sampler: {steps: 2}\nprompts: {train: [['1', '2', '3']]}",
         "must not have more parts than the chain has steps, 2",
     ),
+    (
+        "sampler: {steps: 3, last_step: frozen}\nprompts: {held_out: [['1', '2', '3']]}",
+        "prompts.held_out must not have more parts than the chain has steps, 2",
+    ),
+    ("model: {no_class: none}", "model.no_class must be last where model.kind is not pixel, got none"),
+    (
+        "model: {kind: pixel, path: x, no_class: none}\nsampler: {guidance: 2}",
+        "sampler.guidance must be 1 where model.no_class is none, got 2",
+    ),
+    (
+        "model: {kind: pixel, path: x, no_class: none}\nprompts: {conditional: false}",
+        "prompts.conditional must be true where model.no_class is none, got false",
+    ),
+    ("model: {no_class: null}", "model.no_class must be one of last, none"),
     ("sampler: {guidance: 2}\nprompts: {conditional: false}", "sampler.guidance must be 1 when prompts.conditional is"),
     ("sampler: {scheduler: ddpm, eta: 0.5}", "sampler.eta must be 1: ddpm has no noise scale"),
     ("sampler: {steps: 1, last_step: frozen}", "sampler.steps must be >= 2 when the last step is frozen"),
@@ -268,6 +282,12 @@ CROSSED = [
     (
         "method: {name: policy-gradient}\ntraining: {batch: 1}",
         "method.baseline must be none or a number where",
+    ),
+    ("audit: {steps: 30}", "audit.steps must not be more than sampler.steps = 20"),
+    ("prompts: {train: [['1', '2', '3']]}\naudit: {steps: 2}", "audit.steps must be >= 3, for prompts of 3 parts"),
+    (
+        "sampler: {last_step: frozen}\naudit: {steps: 1}",
+        "audit.steps must be >= 2, for prompts of 1 parts and a frozen step",
     ),
     ("audit: {estimators: [ddpo]}", "audit.estimators.0.name must be an estimator"),
     ("audit: {estimators: [{name: tho, options: {width: 99}}]}", "audit.estimators.0.options must suit tho"),
@@ -386,6 +406,8 @@ def test_prompts_can_be_a_file_with_one_a_line(tmp_path, load):
 def test_a_frozen_last_step_is_outside_the_chain(load):
     assert chain_steps(load("sampler: {steps: 7}")) == 7
     assert chain_steps(load("sampler: {steps: 7, last_step: frozen}")) == 6
+    load("sampler: {steps: 3, last_step: frozen}\nprompts: {train: [['1', '2']]}")
+    load("sampler: {steps: 2}\nprompts: {train: [['1', '2']]}")
 
 
 # Digest and differences
@@ -400,9 +422,10 @@ def leaves(data, prefix=""):
 
 
 OTHER = {
-    "model.kind": "pixel",
+    "model.kind": "stable-diffusion",
     "model.path": "x",
     "model.revision": "main",
+    "model.no_class": "none",
     "model.dtype": "float16",
     "model.resolution": 16,
     "model.checkpointing": True,
@@ -448,6 +471,7 @@ OTHER = {
     "audit.estimators": ["first-order"],
     "audit.directions": 3,
     "audit.step": 0.1,
+    "audit.steps": 5,
     "audit.pilot": 32,
     "audit.measured": 64,
     "audit.measured_batch": 8,
@@ -459,7 +483,7 @@ OTHER = {
     "logging.wandb": "x",
 }
 BASE = {
-    "model": {"kind": "stable-diffusion", "path": "y"},
+    "model": {"kind": "pixel", "path": "y"},
     "prompts": {"train": ["a", "c"]},
     "reward": {"options": {"a": 1}},
     "method": {"name": "rlr"},

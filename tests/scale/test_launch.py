@@ -1,7 +1,6 @@
 """A run: all its files, exact resumption after kill and Ctrl-C, and one line for whatever can stand in the way."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import yaml
 from PIL import Image
 
 import verifine
-from scale import checkpoints
+from scale import checkpoints, digits
 from scale.config import Config, digest, load_config
 from scale.evaluation import read_evaluation
 from scale.launch import Launched, chosen, launch
@@ -29,7 +28,7 @@ TINY = ["device=cpu", "lora.alpha=3", "prompts.held_out=null"]
 BARE = [*TINY, "sampler.steps=3", "training.grid_every=null", "training.micro_batch=null", "logging.tensorboard=false"]
 BARE += ["evaluation={samples: 2, batch: 2}", "method={name: policy-gradient}"]
 
-# Brightness; where a test asks for it, a signal goes to the process in the middle of the update after a checkpoint.
+# Brightness; where a test asks for it, a signal goes to the process in the middle of the update after a file is there.
 REWARDS = """
 import os, pathlib, signal
 
@@ -65,8 +64,9 @@ def rewards(tmp_path_factory):
         yield folder
 
 
-def custom(function: str) -> str:
-    return f"reward={{name: custom, options: {{function: 'rewards_of_a_user:{function}'}}}}"
+def custom(function: str, differentiable: str = "false") -> str:
+    options = f"{{function: 'rewards_of_a_user:{function}', differentiable: {differentiable}}}"
+    return f"reward={{name: custom, options: {options}}}"
 
 
 @pytest.fixture(scope="module")
@@ -90,28 +90,19 @@ def copied(run: Run, folder: Path) -> Path:
 
 
 def same(found: Path, wanted: Path, config: Config) -> None:
-    """Two runs ended alike, to the bit: parameters, AdamW's moments, history, lines of the log, and weights."""
+    """Two runs ended alike, to the bit: parameters, their average, AdamW's moments, history, log and weights."""
     a, b = (checkpoints.load(folder / "checkpoints", digest(config)) for folder in (found, wanted))
     assert a.update == b.update
-    for name, p in b.state["params"].items():
-        assert torch.equal(a.state["params"][name], p), name
+    for part in ("params", "ema"):
+        for name, p in (b.state[part] or {}).items():
+            assert torch.equal(a.state[part][name], p), (part, name)
     for place, moments in b.state["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(a.state["optimizer"]["state"][place][name], value), (place, name)
     assert a.state["history"] == b.state["history"]
-    for file in ("metrics.jsonl", "evaluation.json"):
+    (weights,) = (file.relative_to(wanted) for file in wanted.rglob("*.safetensors"))
+    for file in ("metrics.jsonl", "evaluation.json", "evaluation.png", weights):
         assert (found / file).read_bytes() == (wanted / file).read_bytes(), file
-    assert contents(found) == contents(wanted)
-
-
-def contents(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
-    """Return the bits of the trained weights and the settings of their file, whose order is left to chance."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "lora/pytorch_lora_weights.safetensors", "pt") as file:
-        weights = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
-        settings = json.loads(file.metadata()["lora_adapter_metadata"])
-    return weights, settings | {"unet.target_modules": sorted(settings["unet.target_modules"])}
 
 
 def refused(capsys, *arguments: object) -> str:
@@ -209,11 +200,11 @@ def test_diffusers_reads_its_weights(shown, cache):
 # Resumption
 
 
-def launched_alone(run: Run, folder: Path, cache: Path, rewards: Path, number: str, after: int, *more: str):
-    """Launch the run from the shell; the number's signal reaches it in the update after checkpoint `after`."""
+def launched_alone(run: Run, folder: Path, cache: Path, rewards: Path, number: str, after: str, *more: str):
+    """Launch the run from the shell; the number's signal reaches it in the update after the file `after` is written."""
     path = os.pathsep.join((str(ROOT), str(rewards)))
     environment = dict(os.environ, OMP_NUM_THREADS="1", SIGNAL=number, PYTHONPATH=path)
-    environment["SIGNAL_AFTER"] = str(folder / "checkpoints" / f"checkpoint-{after:06d}.pt")
+    environment["SIGNAL_AFTER"] = str(folder / after)
     command = [sys.executable, "-m", "verifine", "launch", str(run.folder / "config.yaml"), "--out", str(folder)]
     command += ["--cache", str(cache), *more]
     return subprocess.run(command, env=environment, cwd=rewards, capture_output=True, text=True, timeout=300)
@@ -221,10 +212,10 @@ def launched_alone(run: Run, folder: Path, cache: Path, rewards: Path, number: s
 
 def test_a_run_that_was_killed_and_then_interrupted_ends_as_the_whole_one(whole, cache, rewards, tmp_path):
     folder = tmp_path / "run"
-    killed = launched_alone(whole, folder, cache, rewards, "SIGKILL", 2)
+    killed = launched_alone(whole, folder, cache, rewards, "SIGKILL", "checkpoints/checkpoint-000002.pt")
     assert killed.returncode == -signal.SIGKILL
     assert [c.name for c in sorted((folder / "checkpoints").glob("*.pt"))][-1] == "checkpoint-000002.pt"
-    stopped = launched_alone(whole, folder, cache, rewards, "SIGINT", 3, "--resume")
+    stopped = launched_alone(whole, folder, cache, rewards, "SIGINT", "checkpoints/checkpoint-000003.pt", "--resume")
     assert stopped.returncode == 130
     assert "stopped after update 4" in stopped.stderr
     assert "Traceback" not in stopped.stderr
@@ -233,6 +224,56 @@ def test_a_run_that_was_killed_and_then_interrupted_ends_as_the_whole_one(whole,
     done = launch(whole.config, folder, cache, resume=True)
     assert done.finished
     same(folder, whole.folder, whole.config)
+
+
+@pytest.fixture(scope="module")
+def digits_run(rewards, tmp_path_factory) -> tuple[Run, Path]:
+    """An uninterrupted run of the digits' preset, on a network after ten updates, with the cache that it is in."""
+    cache, train = tmp_path_factory.mktemp("digits"), digits.train_digits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "train_digits", lambda folder, seed, updates: train(folder, seed, 10))
+        digits.digits_model(cache)  # under the name of the whole network, which every process finds
+    more = ["training.updates=6", "training.checkpoint_every=2", "training.grid_every=1", "training.grid=4"]
+    more += ["training.micro_batch=8", "training.ema=0.9", "logging.tensorboard=false"]
+    more += ["evaluation={samples: 20, features: 'scale.evaluation:pooled'}"]
+    config = load_config("digits-brightness", [*more, "sampler.steps=5", "device=cpu", custom("plain", "true")])
+    folder = tmp_path_factory.mktemp("digits-run") / "run"
+    return Run(config, folder, launch(config, folder, cache)), cache
+
+
+def test_a_run_on_digits_that_was_killed_ends_as_the_whole_one(digits_run, rewards, tmp_path):
+    """Killed in update 4, when update 3 is in the log but not in a checkpoint."""
+    whole, cache = digits_run
+    folder = tmp_path / "run"
+    killed = launched_alone(whole, folder, cache, rewards, "SIGKILL", "images/samples-000003.png")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [c.name for c in (folder / "checkpoints").glob("*.pt")] == ["checkpoint-000002.pt"]
+    assert [line["update"] for line in read_metrics(folder)] == [0, 1, 2, 3]
+    done = launch(whole.config, folder, cache, resume=True)
+    assert (done.update, done.finished) == (6, True)
+    assert sorted(done.params) == sorted(whole.launched.params)
+    assert all(torch.equal(p, whole.launched.params[name]) for name, p in done.params.items())
+    same(folder, whole.folder, whole.config)
+
+
+def test_what_a_checkpoint_forgets_would_be_seen(digits_run, tmp_path):
+    """Planted mistakes: the last two updates again, without AdamW's moments, or without the average."""
+    whole, cache = digits_run
+    good = checkpoints.load(whole.folder / "checkpoints/checkpoint-000004.pt", digest(whole.config)).state
+    forgotten = {
+        "nothing": good,
+        "moments": good | {"optimizer": good["optimizer"] | {"state": {}}},
+        "average": good | {"ema": good["params"]},
+    }
+    for name, state in forgotten.items():
+        start = checkpoints.save(tmp_path / name, 4, state, digest(whole.config), 1)
+        folder = Path(shutil.copytree(whole.folder, tmp_path / f"run-{name}"))
+        launch(whole.config, folder, cache, start=start)
+        if name == "nothing":
+            same(folder, whole.folder, whole.config)
+        else:
+            with pytest.raises(AssertionError):
+                same(folder, whole.folder, whole.config)
 
 
 def test_ctrl_c_finishes_the_update_at_hand_and_then_resumes_exactly(whole, cache, tmp_path):
@@ -338,7 +379,8 @@ def test_a_new_folder_goes_on_from_a_checkpoint_of_another(whole, cache, tmp_pat
     lines = read_metrics(tmp_path / "run")
     assert [line["update"] for line in lines] == [6]
     assert lines == read_metrics(whole.folder)[-1:]
-    assert contents(tmp_path / "run") == contents(whole.folder)
+    file = "lora/pytorch_lora_weights.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (whole.folder / file).read_bytes()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(whole, cache, tmp_path, capsys):

@@ -186,6 +186,52 @@ def test_the_file_holds_numbers_and_text_only(make: Make, tmp_path: Path) -> Non
     assert settings["unet.lora_alpha"] == 3.0
 
 
+def test_equal_adapters_are_equal_bytes(make: Make, tmp_path: Path) -> None:
+    """Two keys of metadata in an order of chance, sixteen times, and eight names of layers from a set."""
+    from safetensors import safe_open
+
+    targets = [*ATTENTION, "conv1", "conv2", "proj_in", "proj_out"]
+    task = make(lora={"targets": targets})
+    params = moved(task.params)
+    files = [save_lora(task.chain.network, params, tmp_path / str(i)) for i in range(16)]
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.target_modules"] == sorted(targets)
+        numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert error(flat(numbers[k] for k in sorted(numbers)).sort().values, flat(params.values()).sort().values) == 0
+    other = save_lora(task.chain.network, moved(task.params, seed=6), tmp_path)
+    assert other.read_bytes() != files[0].read_bytes()
+
+
+@pytest.mark.parametrize("at", ["diffusers", "disk"])
+def test_a_file_that_is_half_written_replaces_none(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    import os
+
+    import safetensors.torch
+
+    task = make()
+    file = save_lora(task.chain.network, task.params, tmp_path)
+    before = file.read_bytes()
+
+    def half(weights: Any, path: str, **options: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("cut off")
+
+    def full(descriptor: int) -> None:
+        raise OSError("cut off")
+
+    if at == "diffusers":
+        monkeypatch.setattr(safetensors.torch, "save_file", half)
+    else:
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="cut off"):
+        save_lora(task.chain.network, moved(task.params), tmp_path)
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == before
+
+
 def test_bad_settings(make: Make) -> None:
     network = make(lora=None).chain.network
     with pytest.raises(ValueError, match=r"^lora.targets: no module of UNet2DConditionModel is named 'to_x'$"):
