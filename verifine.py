@@ -321,13 +321,15 @@ def _plan(options: argparse.Namespace) -> int:
     from scale.config import load_config
     from scale.plan import COLUMNS, table
 
+    # Those that fit into 80 columns; the audit's page has all.
+    shown = ("estimator", "relative variance", "seconds per sample", "work", "peak memory", "frontier")
     config = load_config(options.config, options.set)
     console = Console()
     with console.status("predicting memory on the meta device"):
         plan = planned(config, options.audit, options.cache, options.memory)
-    drawn = Table(*COLUMNS, title=f"Estimators on {plan.model}")
+    drawn = Table(*shown, title=f"Estimators on {plan.model}, batches of {config.training.batch}")
     for row in table(plan.measured, config.training.batch):
-        drawn.add_row(*row)
+        drawn.add_row(*(row[COLUMNS.index(name)] for name in shown))
     console.print(drawn)
     print(plan.advice.why)
     print(plan.memory)

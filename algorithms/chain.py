@@ -238,7 +238,7 @@ class Perturbation:
     def at(self, params: Params, t: int) -> Params:
         """Return the parameters of step t, one set per sample: (n, *parameter shape)."""
         on = self.active[t - 1] * self.std
-        return {k: p + on.reshape(-1, *[1] * p.dim()) * self.unit[k][t - 1] for k, p in params.items()}
+        return {k: p + on.to(p).reshape(-1, *[1] * p.dim()) * self.unit[k][t - 1] for k, p in params.items()}
 
     def of(self, samples: slice | Tensor) -> Perturbation:
         """Return the perturbation of some of the samples."""

@@ -322,7 +322,8 @@ def _perturbation(credit: Credit, std: float, noise: Noise) -> Perturbation | No
         return None
     if noise.parameters is None:
         raise ValueError("the credit matrix uses its parameter-noise column, but the noise holds none for it")
-    active = torch.from_numpy(credit.matrices[:, :, -1] != 0)[noise.outcome].T.to(noise.initial)
+    # Stays where the outcomes are: whether a step is perturbed is asked without waiting for the latents' device.
+    active = torch.from_numpy(credit.matrices[:, :, -1] != 0)[noise.outcome].T.to(noise.initial.dtype)
     return Perturbation(std, noise.parameters, active)
 
 

@@ -68,7 +68,7 @@ def audit(
         write_atomically(folder / MARK, json.dumps(mark))
         measured = measure(task, names, config.audit.measured, config.audit.measured_batch, on_done)
         write_atomically(folder / FILE, json.dumps([dataclasses.asdict(m) for m in measured], indent=1))
-    settings = Settings(config.training.seed, "standard", folder, config.audit.error)
+    settings = Settings(config.training.seed, "standard", folder, config.audit.error, model.name)
 
     def examined(wanted: tuple[Claim, ...]) -> Iterator[Evidence]:
         groups = _groups(wanted)

@@ -223,6 +223,7 @@ class Provenance:
     jobs: int
     selected: tuple[str, ...]  # identifiers of the claims that were asked for
     finished: bool
+    model: str = ""  # the one that was audited; none for the registry's claims
 
 
 @dataclass(frozen=True)

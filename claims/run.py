@@ -40,6 +40,7 @@ class Settings:
     profile: str
     folder: Path
     alpha: float = ALPHA
+    model: str = ""  # that is audited
 
 
 def run(
@@ -106,6 +107,7 @@ def _run(
             jobs=jobs,
             selected=tuple(claim.id for claim in claims),
             finished=finished,
+            model=settings.model,
         )
 
     _write_provenance(settings.folder, provenance(False))

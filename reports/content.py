@@ -175,6 +175,11 @@ class Report:
     spent_total: str
     alpha: str
     provenance: tuple[tuple[str, str], ...]
+    title: str
+    command: str  # that measures one claim, whose identifier follows
+
+
+TITLE = "What holds in reward fine-tuning of diffusion models"
 
 
 def report_of(run: Run) -> Report:
@@ -198,6 +203,8 @@ def report_of(run: Run) -> Report:
         spent_total=number(math.fsum(alpha for _, alpha in spending), 3),
         alpha=number(run.provenance.alpha, 3),
         provenance=_provenance(run.provenance),
+        title=f"Audit of {run.provenance.model}" if run.provenance.model else TITLE,
+        command=f"verifine {'audit CONFIG' if run.provenance.model else 'verify'} --claim",
     )
 
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from claims.records import CheckEvidence, Figure, Reading
 from reports.numerals import number
 from reports.palette import HUES, INK, MUTED, RULE, stroke
-from reports.plots import WIDTH, draw_panels, draw_plot, legend_and_margins, plot_text
+from reports.plots import WIDTH, decimal_ticks, draw_panels, draw_plot, legend_and_margins, plot_text
 
 _FINE = re.compile(r"(\.\d\d)\d+")
 _STYLE: dict[Any, Any] = {
@@ -205,6 +205,7 @@ def _draw_sequences(canvas: Canvas, check: CheckEvidence) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 2)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_locator(NullLocator())
+    decimal_ticks(axes.xaxis)
     finite = [
         abs(v) / unit(r) for r in readings for look in r.looks for v in (look.lower, look.upper) if math.isfinite(v)
     ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.mathtext import MathTextParser
@@ -133,6 +134,16 @@ def _renderer(canvas: Canvas) -> Any:
     return canvas.canvas.get_renderer()  # type: ignore[attr-defined]  # only canvases of pixels have one
 
 
+def decimal_ticks(axis: Axis) -> bool:
+    """Mark a logarithmic axis between powers of ten too, if these alone would leave one tick or none."""
+    low, high = axis.get_view_interval()
+    if high >= 20 * low:
+        return False
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 4 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    return True
+
+
 def _set_scales(axes: Axes, figure: Figure, ticks: int | None = None) -> None:
     """Set linear or logarithmic axes; `ticks` bounds their number on a small panel."""
     axes.set_xscale(figure.x_scale)
@@ -140,11 +151,7 @@ def _set_scales(axes: Axes, figure: Figure, ticks: int | None = None) -> None:
     for axis, scale in ((axes.xaxis, figure.x_scale), (axes.yaxis, figure.y_scale)):
         if scale == "log":
             axis.set_minor_locator(NullLocator())
-            low, high = axis.get_view_interval()
-            if high < 20 * low:  # powers of ten alone would leave one tick or none
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            elif ticks:
+            if not decimal_ticks(axis) and ticks:
                 axis.set_major_locator(LogLocator(numticks=ticks))
         elif ticks:
             axis.get_major_locator().set_params(nbins=ticks)  # type: ignore[attr-defined]  # of a linear axis

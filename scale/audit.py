@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from algorithms.chain import Condition, Noise, Params, at_step, for_reward, step_log_prob
+from algorithms.chain import Condition, Noise, Params, Redrawn, at_step, for_reward, step_log_prob
 from algorithms.estimators import Estimator
 from algorithms.objective import Objective
 from scale.config import Config
@@ -316,7 +317,12 @@ def predicted_bytes(config: Config, cache: Path, method: str, batch: int) -> int
         decode = replace(decode, vae=meta_copy(decode.vae))
     params = meta_copy(task.params)
     noise = estimator.draw(task.chain, task.params, batch, task.generator("plan"))
-    on_meta = replace(noise, initial=noise.initial.to("meta"), steps=noise.steps.to("meta"))
+    on_meta = Noise(
+        noise.initial.to("meta"),
+        noise.steps.to("meta"),
+        noise.outcome,
+        None if noise.parameters is None else {name: _unit_on_meta(xi) for name, xi in noise.parameters.items()},
+    )
     objective = Objective(_DecodedMean(decode))
     condition = task.condition(batch)
 
@@ -325,6 +331,10 @@ def predicted_bytes(config: Config, cache: Path, method: str, batch: int) -> int
         estimator.accumulate(chain, leaves, objective, on_meta, condition)
 
     return standing + predict(step, reads=True)
+
+
+def _unit_on_meta(xi: Any) -> Any:
+    return replace(xi, like=xi.like.to("meta")) if isinstance(xi, Redrawn) else xi.to("meta")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from claims.on_model import Model, prepared
 from claims.on_samples import Sampled, Sampling, block_of, sampling
 from scale import audit
 from scale.config import Config, parse
+from scale.methods import make_estimator
+from scale.task import build
 
 SETTINGS = {
     "model": {"kind": "tiny"},
@@ -257,3 +259,12 @@ def test_estimators_are_judged_by_sampling_in_two_processes(tmp_path: Path, cach
 def test_an_unknown_claim_is_refused_with_the_nearest(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(ValueError, match="at-scale.rlrr: no claim about this model, did you mean at-scale.rlr?"):
         audits.audit(config(), tmp_path, cache, False, lambda *a: None, lambda done: None, 1, ("at-scale.rlrr",))
+
+
+@pytest.mark.parametrize("method", ["zeroth-order", "rlr", "first-order"])
+def test_memory_is_predicted_with_noise_on_the_parameters_too(method: str, cache: Path) -> None:
+    settings = config(method={"name": method}, sampler={"steps": 4})
+    task = build(settings, cache)
+    estimator = make_estimator(settings.method, task.chain, task.params, task.objective, task.generator("plan"))
+    measured, _ = audit._bytes(task, estimator, 4)
+    assert audit.predicted_bytes(settings, cache, method, 4) == pytest.approx(measured, rel=0.05)
