@@ -61,6 +61,15 @@ def test_a_chain_with_a_step_without_noise_is_asked_nothing_about_scores() -> No
     }  # fmt: skip
 
 
+def test_a_short_chain_is_asked_what_it_can_answer() -> None:
+    claims = {c.id: c for c in at_scale.chapter((Model("tiny", config(sampler={"steps": 1})),))}
+    assert not {"at-scale.rlr", "at-scale.telescoped", "at-scale.stratified"} & set(claims)
+    assert [check.name for check in claims["at-scale.half-order"].checks] == [
+        "tiny: policy gradient, by log-densities",
+        "tiny: policy gradient, sampled",
+    ]
+
+
 def test_nothing_is_sampled_unless_asked() -> None:
     claims = at_scale.chapter((Model("tiny", config(), sampled=False),))
     assert not [name for claim in claims for name in claim.statistical_readings()]
@@ -124,6 +133,7 @@ def test_estimators_are_sampled_on_the_shorter_chain_that_was_asked_for(cache: P
     short = config(audit={**SETTINGS["audit"], "steps": 2})
     model = Model("tiny", short)
     assert (sampling(model, cache, 0).steps, prepared(model, cache, 0).steps, model.sampled_steps) == (2, 3, 2)
+    assert Model("tiny", config(audit={**SETTINGS["audit"], "steps": 50})).sampled_steps == 3
 
 
 def test_the_baseline_is_a_value_function_where_the_pilot_can_fit_one(cache: Path) -> None:

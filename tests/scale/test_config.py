@@ -283,7 +283,6 @@ CROSSED = [
         "method: {name: policy-gradient}\ntraining: {batch: 1}",
         "method.baseline must be none or a number where",
     ),
-    ("audit: {steps: 30}", "audit.steps must not be more than sampler.steps = 20"),
     ("prompts: {train: [['1', '2', '3']]}\naudit: {steps: 2}", "audit.steps must be >= 3, for prompts of 3 parts"),
     (
         "sampler: {last_step: frozen}\naudit: {steps: 1}",
