@@ -94,10 +94,8 @@ def own(name: str, title: str, statement: str, why: str, derivation: str, checks
 
 
 def lengths(at: Sampling) -> np.ndarray:
-    """The law of truncated back-propagation's length: the whole chain half of the time, any length otherwise."""
-    law = np.full(at.steps, 0.5 / at.steps)
-    law[-1] += 0.5
-    return law
+    """The law of the number of last steps that AlignProp back-propagates through."""
+    return np.full(at.steps, 1 / at.steps)
 
 
 def two_sided(at: Sampling) -> Estimator:
@@ -422,13 +420,12 @@ def telescope(models: Models) -> Claim:
 
 @cache
 def fitted_lengths(at: Sampling) -> Estimator:
-    """Return SRT of half the chain's length, fitted on other roll-outs.
+    """Return SRT of expected length 3, fitted on other roll-outs.
 
     Its lengths are drawn one by one: what is sampled are single samples.
     """
     task, pilot = at.task, min(256, at.task.config.audit.batch)
-    expected = (at.steps + 1) / 2
-    arguments = (task.chain, task.params, task.objective, expected, task.generator("audit", "stratified"))
+    arguments = (task.chain, task.params, task.objective, min(3.0, at.steps), task.generator("audit", "stratified"))
     made = fitted_truncation(*arguments, pilot=pilot, condition=task.condition(pilot))
     return replace(made, credit=replace(made.credit, stratified=False))
 
@@ -445,7 +442,7 @@ def stratified(models: Models) -> Claim:
         return sampled(
             model,
             BACK_PROPAGATED,
-            "SRT",
+            "SRT(3)",
             "Has debiased truncation with lengths of a law fitted on other roll-outs the derivative's mean?",
             subject=lambda at: Sampled(fitted_lengths(at)),
             margin=PATHWISE,

@@ -11,11 +11,12 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.mathtext import MathTextParser
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from scipy.optimize import isotonic_regression
 
 from claims.records import Figure, Series
 from reports.markup import MATHS
+from reports.numerals import number
 from reports.palette import INK, MUTED, PAPER, Stroke, stroke
 
 MOST_POINTS = 1500  # of a cloud: more would only make the file heavy
@@ -140,7 +141,7 @@ def decimal_ticks(axis: Axis) -> bool:
     if high >= 20 * low:
         return False
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 4 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 2)))
     return True
 
 
