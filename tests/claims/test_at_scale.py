@@ -254,8 +254,11 @@ def test_audit_writes_a_report_and_plan_reads_it(
 
 
 def test_estimators_are_judged_by_sampling_in_two_processes(tmp_path: Path, cache: Path) -> None:
-    """The cheap part of a sampled audit: back-propagation and its truncations, and what peers get wrong of them."""
-    wanted = {"at-scale.first-order", "at-scale.random-truncation", "at-scale.importance-ratio"}
+    """The cheap part of a sampled audit: back-propagation, and what peers get wrong of it.
+
+    Truncations at random take ten times the roll-outs: they are left to audits.
+    """
+    wanted = {"at-scale.first-order", "at-scale.importance-ratio"}
     settings = config(audit={**SETTINGS["audit"], "samples": None, "pilot": 128, "batch": 1024}, sampler={"steps": 2})
     run = audits.audit(settings, tmp_path, cache, False, lambda *a: None, lambda done: None, 2, tuple(wanted))
     assert {e.statement.id for e in run.evidence} == wanted
