@@ -36,6 +36,7 @@ EXPECTED_PRESETS = {
     "digits-brightness-ddpo",
     "digits-brightness-tho",
     "digits-digit",
+    "digits-pift",
     "dpok-sd15",
     "draft-sd14",
     "pift-prompts",
