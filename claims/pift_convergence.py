@@ -223,21 +223,22 @@ IDENTITY = Claim(
 )  # fmt: skip
 
 
-def halved_table() -> Table:
+def later_table() -> Table:
     """The control error at t = 0 of MIX with fewer iterations at the later step."""
     rows = []
     for m in (4, 8, 12):
-        seen = [errors(iterated("MIX", (m, m // part)), best("MIX"), 0, WINDOW, 321).control for part in (1, 2, 4)]
+        seen = [errors(iterated("MIX", (m, n)), best("MIX"), 0, WINDOW, 321).control for n in (m, m // 2, 1, 0)]
         rows.append((f"{m}", *(f"{error:.2e}" for error in seen)))
     return Table(
         name="pi-ft-later-steps",
-        title="A later step needs half the iterations",
-        caption="Largest control error at $t = 0$ of MIX, whose steps contract by 0.40 and 0.23. With half the iterations at the later step nothing is lost, with a quarter much is.",
+        title="A later step needs fewer iterations",
+        caption="Largest control error at $t = 0$ of MIX, whose steps contract by 0.40 and 0.23. With half the iterations at the later step nothing is lost; with one, little at first.",
         columns=(
             Column("iterations $m$ at $t = 0$"),
             Column("$m$ at $t = 1$"),
-            Column("$m / 2$ at $t = 1$"),
-            Column("$m / 4$ at $t = 1$"),
+            Column("$m / 2$"),
+            Column("one"),
+            Column("none"),
         ),
         rows=tuple(rows),
     )
@@ -293,7 +294,7 @@ TWICE = Claim(
             margin_from="0.3 %: the next term of the expansion, of the size of the remaining error; declared beforehand",
         ),
     ),
-    tables=lambda context: (halved_table(),),
+    tables=lambda context: (later_table(),),
 )  # fmt: skip
 
 
