@@ -137,7 +137,7 @@ PATH_KL = Claim(
     statement=r"$\mathrm{KL}(P^U \| P^{pre}) = \sum_t E[\mathrm{KL}_t(Y_t)]$ with $Y_t$ drawn from the *controlled* law: what the running costs of this program charge.",
     printed="holds",
     why="The densities of a path factor into its steps. The order matters: drawn from the pre-trained chain, the log-ratio's mean is the negative divergence in the other direction.",
-    derivation="pift.md#the-divergence-of-paths",
+    derivation="pift.md#path-divergence",
     checks=(
         has_mean(
             "log-ratio and running cost",
@@ -211,7 +211,7 @@ OPTIMAL_CONTROL = Claim(
     statement=r"$u^*_t(y) = s_t(y) + \dfrac{\sqrt{\alpha_t}\, \sigma_t^2}{\beta_t (1 - \alpha_t)}\, E[\nabla V^*_{t+1}(M^* + \sigma_t W)]$, $M^*$ the optimal step's mean, wherever the one-step problem is concave.",
     printed="holds",
     why="The stationarity condition of the Bellman equation, divided by the KL's curvature (1 - alpha)^2 beta / (alpha sigma^2).",
-    derivation="pift.md#the-bellman-equation",
+    derivation="pift.md#one-step-of-the-bellman-equation",
     checks=(
         equals(
             "the last step by brute force",
@@ -257,7 +257,7 @@ VALUE_GRADIENT = Claim(
     statement=r"$\nabla V^*_t(y) = \dfrac{1}{\sqrt{\alpha_t}} (I + (1 - \alpha_t) \nabla s_t(y))^\top E[\nabla V^*_{t+1}(M^* + \sigma_t W)]$.",
     printed="holds",
     why="At a maximum the control's own change costs nothing (the envelope theorem).",
-    derivation="pift.md#the-bellman-equation",
+    derivation="pift.md#gradient-and-hessian-of-the-optimal-value",
     checks=(
         equals(
             "by differences of the value",
@@ -335,7 +335,7 @@ ALGORITHM = Claim(
     "same values, gradients and controls after the same numbers of iterations at every step, and the same optimum.",
     printed="holds",
     why="What is said about the algorithm below is said about this code.",
-    derivation="pift.md#policy-iteration",
+    derivation="pift.md#gradient-of-an-iterates-value",
     checks=(
         equals(
             "after given iterations",
@@ -392,7 +392,7 @@ ITERATE_GRADIENT = Claim(
     statement=r"$\nabla V^{(m)} = \frac{1}{\sqrt\alpha} (I + (1 - \alpha) \nabla s)^\top h(M^m) + \frac{\beta (1 - \alpha)^2}{\alpha \sigma^2} (\nabla U^m - \nabla s)^\top (U^{m+1} - U^m)$.",
     printed="holds",
     why="The policy is not yet a maximiser, so its own change counts; it counts by what the next iteration would still change.",
-    derivation="pift.md#policy-iteration",
+    derivation="pift.md#gradient-of-an-iterates-value",
     checks=(
         equals(
             "by differences of the iterate's value",
@@ -444,7 +444,7 @@ POLICY_VALUE = Claim(
     statement=r"$E\,V_0^{(m)}(Y_0) = E[r(Y_T)] - \sum_t \beta_t E[\mathrm{KL}_t]$ along the chain that the controls $U^{(m)}$ drive, after any number of iterations.",
     printed="holds",
     why="(36) evaluates the very policy it is given: no optimality is needed.",
-    derivation="pift.md#policy-iteration",
+    derivation="pift.md#gradient-of-an-iterates-value",
     checks=(
         has_mean(
             "sampled paths",

@@ -145,7 +145,7 @@ THEOREM = Claim(
     printed="holds",
     why="The control update contracts by at most 1 - lambda, and the error of the next value's gradient enters multiplied by the expansion of the steps between. "
     "The strengths are the least admissible ones: hundreds of times what the first steps need.",
-    derivation="pift.md#theorem-31",
+    derivation="pift.md#errors-of-pi-ft",
     checks=(
         at_least(
             "observed below the bound",
@@ -204,7 +204,7 @@ IDENTITY = Claim(
     r"\big[\nabla U^{m+1} - \nabla U^m + \frac{\sigma^2}{\beta} (H_m - \nabla h(M^m)) (\frac{I}{1 - \alpha} + \nabla U^m)\big]^\top e^m$, $H_m$ the average of $\nabla h$ between $M^*$ and $M^m$.",
     printed="holds",
     why="Both factors fall geometrically, so their product falls at twice the exponent: the published Lemma 3.4 bounds one of them by a constant.",
-    derivation="pift.md#twice-the-exponent-for-values",
+    derivation="pift.md#error-identity",
     checks=(
         equals(
             "an identity",
