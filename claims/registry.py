@@ -11,6 +11,10 @@ from claims import (
     foundations,
     frontier,
     learned,
+    pift,
+    pift_convergence,
+    pift_experiments,
+    pift_quadratic,
     released,
     rlr,
     rlr_convergence,
@@ -38,6 +42,10 @@ CHAPTERS: tuple[Claim, ...] = (
     *telescoped.CLAIMS,
     *frontier.CLAIMS,
     *training.CLAIMS,
+    *pift.CLAIMS,
+    *pift_quadratic.CLAIMS,
+    *pift_convergence.CLAIMS,
+    *pift_experiments.CLAIMS,
     *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))

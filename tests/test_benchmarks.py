@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import estimators as bench
-from benchmarks import unet
+from benchmarks import policy_iteration, unet
 
 CASES = {"linear-gaussian": bench.linear_gaussian(), "mlp": bench.mlp(steps=4)}
 
@@ -149,3 +149,18 @@ def test_wrong_options_are_told(arguments, message, capsys):
     with pytest.raises(SystemExit):
         unet.main(arguments)
     assert message in capsys.readouterr().err
+
+
+# --- policy iteration --------------------------------------------------------------------------------------------
+
+
+def test_policy_iteration_writes_the_error_of_every_grid_but_the_finest(threads, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(policy_iteration, "OUT", tmp_path)
+    case = policy_iteration.cases(quick=True)[0]
+    monkeypatch.setattr(policy_iteration, "cases", lambda quick: [case])
+    policy_iteration.main(["--quick"])
+    finest, coarse = json.loads((tmp_path / "policy_iteration.json").read_text())["rows"]
+    assert finest["error of V"] is None
+    assert 0 < coarse["error of V"] < 1e-12 < coarse["ripple"]
+    assert coarse["points per axis"] < finest["points per axis"]
+    assert "error against the first grid" in capsys.readouterr().out

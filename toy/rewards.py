@@ -1,7 +1,8 @@
-"""Rewards that excite what a quadratic cannot: a kink, an oscillation, bumps, a step."""
+"""Rewards that excite what a quadratic cannot: a kink, an oscillation, bumps, a step, smooth ramps."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,84 @@ class Bumps:
 
 
 @dataclass(frozen=True)
+class LogCosh:
+    """A smooth valley: R(x) = weight log cosh(<direction, x>).
+
+    |weight| |direction| bounds its gradient, and |weight| |direction|^2 its Hessian; both are sharp.
+    """
+
+    direction: tuple[float, ...] = (1.0,)
+    weight: float = 1.0
+    differentiable: bool = True
+
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        z = _along(x0, self.direction)
+        return self.weight * (torch.logaddexp(z, -z) - math.log(2.0))
+
+
+@dataclass(frozen=True)
+class Tanh:
+    """A smooth step: R(x) = weight tanh(<direction, x>).
+
+    |weight| |direction| bounds its gradient, and 4 / 3^1.5 |weight| |direction|^2 its Hessian; both are sharp.
+    """
+
+    direction: tuple[float, ...] = (1.0,)
+    weight: float = 1.0
+    differentiable: bool = True
+
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        return self.weight * torch.tanh(_along(x0, self.direction))
+
+
+@dataclass(frozen=True)
+class Softplus:
+    """A smooth ramp: R(x) = weight log(1 + exp(sharpness (<direction, x> - start))) / sharpness.
+
+    |weight| |direction| bounds its gradient, and sharpness / 4 |weight| |direction|^2 its Hessian; both are sharp.
+
+    Raises:
+        ValueError: unless sharpness > 0.
+    """
+
+    sharpness: float
+    start: float = 0.0
+    direction: tuple[float, ...] = (1.0,)
+    weight: float = 1.0
+    differentiable: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sharpness > 0:
+            raise ValueError(f"sharpness must be > 0, got {self.sharpness}")
+
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        z = self.sharpness * (_along(x0, self.direction) - self.start)
+        return self.weight / self.sharpness * torch.nn.functional.softplus(z, threshold=40.0)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of rewards, above all of ramps in several directions; differentiable if all of them are.
+
+    Raises:
+        ValueError: if there is none.
+    """
+
+    terms: tuple[Reward, ...]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("terms must be at least one reward, got none")
+
+    @property
+    def differentiable(self) -> bool:
+        return all(term.differentiable for term in self.terms)
+
+    def __call__(self, x0: Tensor, condition: Tensor | None) -> Tensor:
+        return torch.stack([term(x0, condition) for term in self.terms]).sum(0)
+
+
+@dataclass(frozen=True)
 class Threshold:
     """Black box: 1 where another reward exceeds a level, else 0."""
 
@@ -101,3 +180,8 @@ class Indicator:
 
     def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
         return (x0[:, 0] > self.threshold).to(x0)
+
+
+def _along(x0: Tensor, direction: tuple[float, ...]) -> Tensor:
+    """Return <direction, x> (n,) for states x (n, d)."""
+    return x0 @ x0.new_tensor(direction)
