@@ -9,6 +9,7 @@ import numpy as np
 
 from claims.claim import Check, Claim, Context
 from claims.judges import Sampler, at_least, has_mean
+from claims.pift_problems import CHAPTER
 from claims.problems import lazily
 from claims.records import Column, Figure, Panel, Series, Table
 from claims.training import Wins, shared
@@ -30,7 +31,6 @@ from toy.control_experiments import (
 )
 from verdicts.streams import Stream
 
-PIFT = "PI-FT"
 FIRST_ORDER, POLICY_GRADIENT, DPOK = NAMES
 STRENGTHS = (0.01, 0.1, 0.3, 1.0)
 COMPARED = (0.01, 0.1)
@@ -103,7 +103,7 @@ NEXT: tuple[tuple[str, Final, Final], ...] = tuple(
 
 SWEEP = Claim(
     id="pi-ft.strength-sweep",
-    chapter=PIFT,
+    chapter=CHAPTER,
     paper="verifine",
     about="own",
     source="the question of PI-FT, section 5 and Figure 3, on a toy",
@@ -123,7 +123,7 @@ SWEEP = Claim(
 
 AGAINST_DPOK = Claim(
     id="pi-ft.against-dpok",
-    chapter=PIFT,
+    chapter=CHAPTER,
     paper="verifine",
     about="own",
     source="the question of PI-FT, section 5 and Figure 1, on a toy",
@@ -210,7 +210,7 @@ def between(least: float, most: float) -> Callable[[], tuple[np.ndarray, np.ndar
 
 FIXED_POINT = Claim(
     id="pi-ft.dpok-fixed-point",
-    chapter=PIFT,
+    chapter=CHAPTER,
     paper="verifine",
     about="own",
     source="derived in docs/pift.md for DPOK's gradient (Fan et al. 2023, section 4)",

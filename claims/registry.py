@@ -14,6 +14,7 @@ from claims import (
     pift,
     pift_convergence,
     pift_experiments,
+    pift_learned,
     pift_quadratic,
     released,
     rlr,
@@ -46,6 +47,7 @@ CHAPTERS: tuple[Claim, ...] = (
     *pift_quadratic.CLAIMS,
     *pift_convergence.CLAIMS,
     *pift_experiments.CLAIMS,
+    *pift_learned.CLAIMS,
     *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))

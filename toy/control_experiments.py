@@ -76,6 +76,7 @@ class Courses:
         objective: reward less strength times kl.
         gradient: norm of the objective's first-order gradient on the same roll-outs, its sampling noise included; NaN
             where it was not asked for.
+        final: parameters at the end, (runs, *shape) each.
     """
 
     calls: np.ndarray
@@ -84,6 +85,7 @@ class Courses:
     kl: np.ndarray
     objective: np.ndarray
     gradient: np.ndarray
+    final: Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +199,8 @@ def tune(name: Name, problem: Problem, strength: float, plan: Plan, stream: Stre
         judged.append(judge(chain, now, problem.objective, start, noise))
         norms.append(gradient_norms(chain, now, objective, noise) if gradients else np.full(plan.runs, np.nan))
     reward, kl = (np.stack(column, 1) for column in zip(*judged, strict=True))
-    return Courses(marks, np.array(updates), reward, kl, reward - strength * kl, np.stack(norms, 1))
+    final = trainer.result().params
+    return Courses(marks, np.array(updates), reward, kl, reward - strength * kl, np.stack(norms, 1), final)
 
 
 def judge(
