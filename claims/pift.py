@@ -16,14 +16,28 @@ from algorithms.objective import KLToReference
 from algorithms.policy_iteration import Grid, PolicyIteration, Solution, policy_chain
 from claims.claim import Claim
 from claims.judges import Sampler, equals, has_mean
-from claims.pift_problems import CHAPTER, DATA, NAMES, PAPER, POINTS, best, iterated, linear_quadratic, problem
+from claims.pift_problems import (
+    CHAPTER,
+    DATA,
+    NAMES,
+    PAPER,
+    PLANE_DATA,
+    PLANE_DIRECTIONS,
+    POINTS,
+    best,
+    iterated,
+    linear_quadratic,
+    plane,
+    problem,
+)
 from claims.problems import lazily
 from theory.control import ControlSchedule
-from theory.control_bellman import Step
+from theory.control_bellman import Step, iterates
 from theory.control_linear_quadratic import optimum as riccati
 from toy.control import AffineScore, ControlledChain
 from toy.experiments import Block, generator
-from toy.rewards import LogCosh, Softplus
+from toy.rewards import LogCosh, Softplus, Tanh
+from toy.rewards import Sum as SumOf
 from verdicts.streams import Stream
 
 AT = tuple(f"y = {y:g}" for y in POINTS)
@@ -323,6 +337,30 @@ def by_torch(damping: float = 1.0, less: int = 0) -> np.ndarray:
     return both_problems(numbers)
 
 
+PLANE_COUNTS, PLANE_POINTS = (2, 3), np.array([[-1.0, 0.5], [0.3, -0.7], [1.5, 1.0]])
+
+
+def in_the_plane(step: Step) -> np.ndarray:
+    return np.concatenate([step.value, step.gradient.ravel(), step.control.ravel()])
+
+
+@cache
+def plane_in_torch(counts: tuple[int, int]) -> np.ndarray:
+    """Value, gradient and control of PLANE at t = 0 by the torch object, after so many iterations at each step."""
+    schedule, chain = plane().schedule, ControlledChain.of(plane().schedule, PLANE_DATA)
+    first, second = PLANE_DIRECTIONS
+    reward, grid = SumOf((LogCosh(first, 0.6), Tanh(second, 0.7))), Grid([-8.0] * 2, [8.0] * 2, [97] * 2)
+    algorithm = PolicyIteration(chain, chain.parameters(), reward, schedule.strength[::-1].tolist(), grid)
+    found, x = algorithm.solve(counts[::-1]), torch.tensor(PLANE_POINTS)
+    with torch.no_grad():
+        value, mean = found.value(chain.steps, x).numpy(), found.mean(chain.steps, x).numpy()
+    control = schedule.control(0, PLANE_POINTS, mean)
+    return np.concatenate([value, found.gradient(chain.steps, x).numpy().ravel(), control.ravel()])
+
+
+PLANE_NAMES = tuple(f"value at {p.tolist()}" for p in PLANE_POINTS) + tuple(
+    f"{what} {i} at {p.tolist()}" for what in ("slope", "control") for p in PLANE_POINTS for i in (1, 2)
+)
 QUANTITIES = ("value", "slope of the value", "control")
 
 ALGORITHM = Claim(
@@ -357,6 +395,16 @@ ALGORITHM = Claim(
             subject=lambda: np.concatenate([torch_numbers(in_torch(name, None), 0, name) for name in NAMES]),
             reference=lambda: np.concatenate([theory_numbers(best(name).at(0, points())) for name in NAMES]),
             controls={"after two iterations": lambda: np.concatenate([torch_numbers(in_torch(name, (2,) * problem(name).schedule.steps), 0, name) for name in NAMES])},
+            tolerance=1e-9,
+            margin_from=QUADRATURE,
+        ),
+        equals(
+            "in two dimensions",
+            "Do both give the same value, gradient and control at t = 0 of PLANE after 2 and 3 iterations at its two steps?",
+            PLANE_NAMES,
+            subject=lambda: plane_in_torch(PLANE_COUNTS),
+            reference=lambda: in_the_plane(iterates(plane(), PLANE_COUNTS).at(0, PLANE_POINTS)),
+            controls={"the two numbers of iterations exchanged": lambda: plane_in_torch((3, 2))},
             tolerance=1e-9,
             margin_from=QUADRATURE,
         ),

@@ -126,9 +126,7 @@ def value_constants(of: Case, power: float = 1.0, root: bool = True) -> np.ndarr
     return np.array(found).T
 
 
-def control_constants(
-    of: Case, kappa: float = SHARP_KAPPA, divided: bool = True, by_noise: bool = True
-) -> np.ndarray:
+def control_constants(of: Case, kappa: float = SHARP_KAPPA, divided: bool = True, by_noise: bool = True) -> np.ndarray:
     """(16) and (17), (2, T). Planted: no 1 / lambda in (16), or 1 - lambda not divided by 1 - alpha there."""
     schedule, system, q = of.problem.schedule, of.system, 1 - of.lam
     noise = 1 - schedule.alpha
@@ -243,9 +241,7 @@ KINKED_LAMBDAS = (0.5, 0.8, 0.95, 0.99, 0.999)
 def kinked(lam: float) -> Case:
     """One step, score y / 2, reward y |y| / 2: grad h jumps as fast as a 1-Lipschitz gradient lets it."""
     schedule = ControlSchedule.ddpm([0.8], 0.2 / (1 - lam))
-    problem = ControlProblem(
-        schedule, [lambda y: 0.5 * y], lambda y: 0.5 * y[:, 0] * np.abs(y[:, 0]), kinks=[0.0]
-    )
+    problem = ControlProblem(schedule, [lambda y: 0.5 * y], lambda y: 0.5 * y[:, 0] * np.abs(y[:, 0]), kinks=[0.0])
     return Case(problem, SystemConstants([0.5], [0.0], math.inf, 1.0), lam)
 
 
@@ -527,7 +523,10 @@ def bound_one_iteration_late(of: Case, m: int) -> np.ndarray:
 
 def bound_without_lambda(of: Case, m: int) -> np.ndarray:
     """(46) of a system whose feedback were 1, not 1 / lambda."""
-    steps, ahead = of.problem.schedule, universal_regularity(of.problem.schedule, of.system.published(), of.lam, sharp=True)
+    steps, ahead = (
+        of.problem.schedule,
+        universal_regularity(of.problem.schedule, of.system.published(), of.lam, sharp=True),
+    )
     grown = of.system.published().expansions(steps)
     bend = (1 - steps.alpha) * of.system.score_gradient_lipschitz * ahead.value_lipschitz[1:] / np.sqrt(steps.alpha)
     found = bound_after(of, m)
@@ -597,8 +596,22 @@ def _iterate_table() -> Table:
     for name in ITERATED:
         of = case(name, "published")
         for t in range(of.steps):
-            worst = [max(observed_after(name, m)[k, t] / bound_after(of, m)[k, t] for m in COUNTS if bound_after(of, m)[k, t] > 0) for k in range(4)]
-            rows.append((name, f"{t}", f"{of.problem.schedule.strength[t]:.4g}", *(f"{share:.3f}" if share > 5e-4 else f"{share:.0e}" for share in worst)))
+            worst = [
+                max(
+                    observed_after(name, m)[k, t] / bound_after(of, m)[k, t]
+                    for m in COUNTS
+                    if bound_after(of, m)[k, t] > 0
+                )
+                for k in range(4)
+            ]
+            rows.append(
+                (
+                    name,
+                    f"{t}",
+                    f"{of.problem.schedule.strength[t]:.4g}",
+                    *(f"{share:.3f}" if share > 5e-4 else f"{share:.0e}" for share in worst),
+                )
+            )
     return Table(
         name="pi-ft-iterate-constants",
         title="The largest share of its bound that an iterate attains",
@@ -765,7 +778,13 @@ def _strength_table() -> Table:
 def _strength_figure() -> Figure:
     grid = tuple(int(t) for t in np.unique(np.geomspace(3, 200, 28).round()))
     x = tuple(map(float, grid))
-    names: dict[Rule, str] = {"published": "Theorem 3.1, (39)", "optimal": "Theorem 2.8, (15)", "sharp": "(39) sharper", "lipschitz": "Lipschitz only, iterates", "lipschitz-optimal": "Lipschitz only, optimum"}
+    names: dict[Rule, str] = {
+        "published": "Theorem 3.1, (39)",
+        "optimal": "Theorem 2.8, (15)",
+        "sharp": "(39) sharper",
+        "lipschitz": "Lipschitz only, iterates",
+        "lipschitz-optimal": "Lipschitz only, optimum",
+    }
     scaled = tuple(needed(t, 1 - 2 / t, "lipschitz") for t in grid)
     return Figure(
         name="pi-ft-strength-against-steps",
@@ -963,3 +982,220 @@ LIPSCHITZ_ONLY = Claim(
         ),
     ),
 )  # fmt: skip
+
+# --- two requirements in one condition ----------------------------------------------------------------------------
+
+SHARES = (0.9, 0.6, 0.3)  # strengths as shares of sigma^2 sup |h'|, the least for which the iteration surely contracts
+STARTS = (0.05, 0.15, 0.4)
+
+
+@cache
+def before_concave(share: float) -> Lookahead:
+    """One step, score 0, reward -log cosh 3y, at that share of sigma^2 sup |h'|; concave, so well posed at any."""
+    reward = Ridge("log cosh", -1.0, 3.0)
+    free = ControlProblem(ControlSchedule.ddpm([0.8], 1.0), [lambda y: 0 * y], reward)
+    strength = -share * lookahead(free, 0, reward).curvature_on_grid[0]
+    return lookahead(ControlProblem(free.schedule.with_strength(strength), free.scores, reward), 0, reward)
+
+
+def limits(damping: Callable[[float], float]) -> np.ndarray:
+    """Means after 400 iterations from the pre-trained ones, at STARTS."""
+    y = np.array(STARTS)[:, None]
+    return np.concatenate([before_concave(share).iterated_mean(y, 400, damping(1 / share))[:, 0] for share in SHARES])
+
+
+def maximised() -> np.ndarray:
+    """The maximiser of the same problems by comparing values on a grid, with a parabola through the best three."""
+    found, means = [], np.linspace(-1.0, 1.0, 4001)
+    for share in SHARES:
+        ahead = before_concave(share)
+        for y in STARTS:
+            pretrained = ahead.pretrained_mean(np.array([[y]]))
+            values = ahead.policy_value(means[:, None], pretrained)
+            i = int(values.argmax())
+            below, at, above = values[i - 1 : i + 2]
+            found.append(means[i] + 0.5 * (means[1] - means[0]) * (below - above) / (below - 2 * at + above))
+    return np.array(found)
+
+
+def cautious(rho: float) -> float:
+    """A damping that keeps the iteration increasing in its start: it ends at the next stationary point uphill."""
+    return 1 / (1 + rho)
+
+
+SIDED = ("GSP", "SINE", "EXTREMAL", "CONCAVE")
+SIDES = {"GSP": (0.5, 0.0), "SINE": (0.845, 0.845), "EXTREMAL": (1.0, 0.0), "CONCAVE": (0.0, 1.0)}  # of the reward
+WEAK = 0.1  # times the least strength of Theorem 2.8, on CONCAVE
+
+
+def sided_case(name: str) -> Case:
+    return case(name, "optimal", WEAK if name == "CONCAVE" else 1.0)
+
+
+def sided_bounds(feedback: float = 1.0) -> np.ndarray:
+    """l+ and l- of every step: bounds on the largest eigenvalue of the value's Hessian, and of minus it."""
+    found = []
+    for name in SIDED:
+        of, (up, down), slope = sided_case(name), SIDES[name], sided_case(name).system.reward_lipschitz
+        schedule, rows = of.problem.schedule, []
+        grown = of.system.expansions(schedule)
+        for t in reversed(range(of.steps)):
+            a = float(schedule.alpha[t])
+            inverse = feedback * float(schedule.sigma[t] ** 2 / schedule.strength[t])
+            bent = (1 - a) / math.sqrt(a) * float(of.system.score_gradient_lipschitz[t]) * slope
+            stretch = float(grown[t]) ** 2 / a
+            up, down = bent + stretch * up / (1 - inverse * up), bent + stretch * down / (1 + inverse * down)
+            slope *= float(grown[t]) / math.sqrt(a)
+            rows.append((up, down))
+        found.append(np.array(rows[::-1]).ravel())
+    return np.concatenate(found)
+
+
+@cache
+def sided_observed() -> np.ndarray:
+    found = []
+    for name in SIDED:
+        best = optimum(sided_case(name).problem)
+        grid = np.linspace(-window(name), window(name), 801)[:, None]
+        for t in range(sided_case(name).steps):
+            bends = best.second_derivatives(t, grid)[0]
+            found += [bends.max(), -bends.min()]
+    return np.array(found)
+
+
+HEIGHT, TILT, PHASES = math.exp(-2 * SIGMA**2), 0.15, 1500  # H(M) = HEIGHT sin 2M + TILT M, smoothed exactly
+
+
+def phases() -> np.ndarray:
+    """Pre-trained means over one period of the problem, which is pi."""
+    return np.linspace(0.0, math.pi, PHASES, endpoint=False)
+
+
+def updated(mean: np.ndarray, share: float) -> np.ndarray:
+    return phases() + (2 * HEIGHT * np.cos(2 * mean) + TILT) / (4 * HEIGHT * share)
+
+
+@cache
+def waves(share: float, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    """Means after 3000 iterations on r = sin 2y + .15 y, and how far the last one still moves them."""
+    mean = phases()
+    for _ in range(3000):
+        mean = mean + damping * (updated(mean, share) - mean)
+    return mean, np.abs(updated(mean, share) - mean)
+
+
+def settled(share: float, damping: float = 1.0) -> float:
+    """The share of means from which the iteration converges."""
+    return float((waves(share, damping)[1] < 1e-6).mean())
+
+
+def objective(mean: np.ndarray, share: float, start: np.ndarray) -> np.ndarray:
+    return HEIGHT * np.sin(2 * mean) + TILT * mean - 2 * HEIGHT * share * (mean - start) ** 2
+
+
+@cache
+def hill(share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The objective's largest value over all means for each start, and its first local maximum uphill of the start."""
+    reach = (2 * HEIGHT + TILT) / (4 * HEIGHT * share)
+    moves = np.linspace(-reach, reach, 4001)
+    best, first = [], []
+    for start in phases():
+        values = objective(start + moves, share, start)
+        i, way = 2000, 1 if values[2001] > values[1999] else -1
+        while 0 < i < 4000 and values[i + way] > values[i]:
+            i += way
+        best.append(values.max())
+        first.append(values[i])
+    return np.array(best), np.array(first)
+
+
+LOSS = 1e-5  # in value, above the square of the spacing of the grid in `hill`
+
+
+def lost_by_iterating(share: float, damping: float) -> float:
+    """The share of means whose iteration ends (or is, after 3000 iterations) below the best value."""
+    return float((hill(share)[0] - objective(waves(share, damping)[0], share, phases()) > LOSS).mean())
+
+
+def lost_by_climbing() -> np.ndarray:
+    return np.array([float((hill(share)[0] - hill(share)[1] > LOSS).mean()) for share in SHARES])
+
+
+MOST_SETTLED = (0.75, 0.3, 0.22)
+
+
+def _wave_table() -> Table:
+    return Table(
+        name="pi-ft-two-requirements",
+        title="Below the contraction threshold: how often the iteration converges, and to what",
+        caption="One step, $r = \\sin 2y + 0.15 y$, $\\sigma = 1/2$, all pre-trained means of one period. Damped by $1 / (1 + \\rho)$ the iteration always converges, but below the threshold of the convex side it can end at a lesser of several maxima.",
+        columns=(
+            Column("strength over $\\sigma^2 \\sup|h'|$"),
+            Column("policy iteration converges (%)"),
+            Column("damped: converges (%)"),
+            Column("damped: not the best maximum (%)"),
+        ),
+        rows=tuple(
+            (f"{share:g}", f"{100 * settled(share):.1f}", f"{100 * settled(share, cautious(1 / share)):.1f}", f"{100 * lost_by_iterating(share, cautious(1 / share)):.1f}")
+            for share in SHARES
+        ),
+    )  # fmt: skip
+
+
+TWO_REQUIREMENTS = Claim(
+    id="pi-ft.two-requirements",
+    chapter=CHAPTER,
+    paper="verifine",
+    about="own",
+    source="about PI-FT, Theorems 2.8 and 3.1; derived in docs/pift.md",
+    title="One condition on the strength stands for two: the problem needs it where values are convex, the iteration also where they are concave",
+    statement=r"The one-step problem is strongly concave iff $\beta > \sigma^2 \sup \lambda_{\max}(\nabla h)$; policy iteration contracts if also $\beta > \sigma^2 \sup \lambda_{\max}(-\nabla h)$, and damped by $1 / (1 + \rho^-)$ it needs the first only. With $\epsilon = \sigma^2 / \beta$, "
+    r"$-\ell^-_t \preceq \nabla^2 V_t^* \preceq \ell^+_t$, $\ell^\pm_t = \frac{1 - \alpha}{\sqrt\alpha} L_1^s L_{0,t+1} + \frac{A^2}{\alpha} \frac{\ell^\pm_{t+1}}{1 \mp \epsilon \ell^\pm_{t+1}}$: feedback steepens convex values and flattens concave ones.",
+    printed="holds",
+    why="The update is gradient ascent with a fixed step: where the objective is more concave than the step allows it overshoots, though the maximum is unique. The bounds follow from the Hessian of the value, x / (1 - eps x) being increasing. "
+    "Below the first threshold there can be several maxima, and then no iteration is safe.",
+    derivation="pift.md#iterations-that-do-not-converge",
+    checks=(
+        equals(
+            "concave: a unique maximum, a failing iteration",
+            "With r = -log cosh 3y below the contraction threshold, does the damped iteration end at the maximiser found by comparing values?",
+            tuple(f"{share:g} of the threshold, y = {y:g}" for share in SHARES for y in STARTS),
+            subject=lambda: limits(cautious),
+            reference=maximised,
+            controls={"undamped": lambda: limits(lambda rho: 1.0)},
+            tolerance=1e-6,
+            margin_from="1e-6: a parabola through three points 0.0005 apart",
+        ),
+        at_least(
+            "two-sided bounds",
+            "Are the bounds on the value's Hessian from above and below never exceeded on the window, at a tenth of the least strength for CONCAVE?",
+            tuple(f"{name}, {side}, t = {t}" for name in SIDED for t in range({"EXTREMAL": 2, "CONCAVE": 1}.get(name, 3)) for side in ("above", "below")),
+            subject=lambda: (sided_bounds(), sided_observed()),
+            controls={
+                "without feedback": lambda: (sided_bounds(0.0), sided_observed()),
+                "feedback of the other sign": lambda: (sided_bounds(-1.0), sided_observed()),
+            },
+            tolerance=ROUNDING,
+        ),
+        at_least(
+            "fewer converge",
+            "With r = sin 2y + .15 y at 90, 60, 30 % of the threshold, does policy iteration converge from at most 75, 30, 22 % of the means of a period?",
+            tuple(f"{share:g} of the threshold" for share in SHARES),
+            subject=lambda: (np.array(MOST_SETTLED), np.array([settled(share) for share in SHARES])),
+            controls={"damped": lambda: (np.array(MOST_SETTLED), np.array([settled(share, cautious(1 / share)) for share in SHARES]))},
+        ),
+        equals(
+            "lesser maxima",
+            "From which share of the means does the damped iteration miss the best maximum: the share whose first maximum uphill is a lesser one?",
+            tuple(f"{share:g} of the threshold" for share in SHARES),
+            subject=lambda: np.array([lost_by_iterating(share, cautious(1 / share)) for share in SHARES]),
+            reference=lost_by_climbing,
+            controls={"undamped": lambda: np.array([lost_by_iterating(share, 1.0) for share in SHARES])},
+            tolerance=2e-3,
+            margin_from="0.2 %: three of 1500 means, for those at the edge",
+        ),
+    ),
+    tables=lambda context: (_wave_table(),),
+)  # fmt: skip
+
+CLAIMS: tuple[Claim, ...] = (VALUES, CONTROLS, KAPPA, ITERATES, REQUIRED, LIPSCHITZ_ONLY, TWO_REQUIREMENTS)

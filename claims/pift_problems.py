@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
+
 from theory.control import ControlSchedule
 from theory.control_bellman import ControlProblem, Solution, iterates, optimum
 from theory.control_linear_quadratic import LinearQuadratic
-from theory.control_rewards import Ridge
+from theory.control_rewards import Ridge, Sum
 from theory.gaussian import Gaussian
 from theory.mixture import GaussianMixture
 
@@ -38,6 +40,22 @@ def problem(name: str) -> ControlProblem:
         return ControlProblem.of_mixture(ControlSchedule.ddpm([0.8, 0.9], [0.5, 0.4]), DATA[name], Ridge("log cosh"))
     schedule = ControlSchedule.ddpm([0.7, 0.8, 0.9], 0.3)
     return ControlProblem.of_mixture(schedule, DATA[name], Ridge("softplus", 0.5, 2.0, 0.4))
+
+
+PLANE_DIRECTIONS = ((1.0, -0.5), (0.3, 0.9))
+PLANE_DATA = GaussianMixture([0.5, 0.5], [[-1.0, -0.6], [1.0, 0.6]], [0.4 * np.eye(2)] * 2)
+
+
+@cache
+def plane() -> ControlProblem:
+    """PLANE: two dimensions, T = 2, alpha = (.8, .88), strengths (.6, .5), data of two modes at +-(1, .6), variance .4.
+
+    The reward is .6 log cosh(y_1 - .5 y_2) + .7 tanh(.3 y_1 + .9 y_2).
+    """
+    lengths = [float(np.hypot(*direction)) for direction in PLANE_DIRECTIONS]
+    bends = (("log cosh", 0.6), ("tanh", 0.7))
+    parts = [Ridge(b, w, n, 0.0, d) for (b, w), n, d in zip(bends, lengths, PLANE_DIRECTIONS, strict=True)]
+    return ControlProblem.of_mixture(ControlSchedule.ddpm([0.8, 0.88], [0.6, 0.5]), PLANE_DATA, Sum(tuple(parts)))
 
 
 @cache
