@@ -438,11 +438,31 @@ class Value:
             raise ValueError(f"t = {t}: must lie in 0..{self.problem.chain.steps - 1}")
         return self.smoothed[t].ripple
 
-    def objective(self) -> float:
-        """Return E V_T(x_T), what the policy earns less what it pays, by the trapezoidal rule in the initial noise."""
+    def objective(self, tolerance: float = 1e-9) -> float:
+        """Return E V_T(x_T), what the policy earns less what it pays.
+
+        By the trapezoidal rule in the initial noise, its spacing halved until the value moves by no more than
+        `tolerance`, relative to it if it is larger than one.
+
+        Raises:
+            RuntimeError: if that takes more than a million points.
+        """
+        found, intervals, d = self._objective(36), 72, self.problem.grid.dimension
+        before = found
+        while (intervals + 1) ** d <= 1_000_000:
+            found, before = self._objective(intervals), found
+            if abs(found - before) <= tolerance * max(1.0, abs(found)):
+                return found
+            intervals *= 2
+        raise RuntimeError(
+            f"the average over the initial noise still moves by {abs(found - before):.3g} with {intervals // 2} "
+            f"intervals an axis, tolerance = {tolerance:g}: the value is rough, see `ripple`"
+        )
+
+    def _objective(self, intervals: int) -> float:
         with torch.no_grad():
             d = self.problem.grid.dimension
-            noise = Grid([-9.0] * d, [9.0] * d, [73] * d).nodes()
+            noise = Grid([-9.0] * d, [9.0] * d, [intervals + 1] * d).nodes()
             weight = torch.exp(-0.5 * noise.square().sum(1))
             values = self.value(self.problem.chain.steps, self.problem.chain.initial(noise))
             return float((weight * values).sum() / weight.sum())

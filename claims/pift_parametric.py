@@ -395,6 +395,7 @@ def blocks_figure() -> Figure:
         ),
         row_labels=("0", "1", "2", "3"),
         column_labels=("0", "1", "2", "3"),
+        row_sums=False,
     )
 
 

@@ -148,6 +148,7 @@ class Figure:
     matrices: tuple[tuple[str, tuple[tuple[float, ...], ...]], ...] = ()
     row_labels: tuple[str, ...] = ()  # of every matrix; 1, 2, ... where empty
     column_labels: tuple[str, ...] = ()  # of every matrix; 0, 1, ... where empty
+    row_sums: bool = True  # stand beside every matrix: a credit matrix is unbiased if they are one
     panels: tuple[Panel, ...] = ()
     panel_columns: int = 3
     shared_axes: Literal["all", "grid", "none"] = "all"

@@ -141,19 +141,8 @@ def _draw_matrix(axes: Axes, name: str, rows: Sequence[Sequence[float]], figure:
         for j, weight in enumerate(row):
             text = number(weight, 2) if weight else "·"
             axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=size, color=INK if weight else MUTED)
-        total = math.fsum(row)
-        wrong = abs(total - 1) > 1e-9
-        axes.text(
-            width + 0.75,
-            i + 0.5,
-            number(total, 3),
-            ha="center",
-            va="center",
-            fontsize=size,
-            color=HUES[1] if wrong else INK,
-            fontweight="bold" if wrong else "normal",
-        )
-    axes.text(width + 0.75, -0.12, "sum", ha="center", va="bottom", fontsize=size, color=MUTED)
+    if figure.row_sums:
+        _write_row_sums(axes, rows, size)
     axes.set(xlim=(-0.05, width + 1.5), ylim=(len(rows) + 0.05, -0.05), aspect="equal")
     axes.set_title(plot_text(name), fontsize=10, pad=13)
     column_names = figure.column_labels or tuple(str(j) for j in range(width))
@@ -166,6 +155,19 @@ def _draw_matrix(axes: Axes, name: str, rows: Sequence[Sequence[float]], figure:
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _write_row_sums(axes: Axes, rows: Sequence[Sequence[float]], size: float) -> None:
+    """Write the sum of each row beside it, in bold where it is not one."""
+    at = (len(rows[0]) if rows else 0) + 0.75
+    for i, row in enumerate(rows):
+        total = math.fsum(row)
+        wrong = abs(total - 1) > 1e-9
+        colour, weight = (HUES[1], "bold") if wrong else (INK, "normal")
+        axes.text(
+            at, i + 0.5, number(total, 3), ha="center", va="center", fontsize=size, color=colour, fontweight=weight
+        )
+    axes.text(at, -0.12, "sum", ha="center", va="bottom", fontsize=size, color=MUTED)
 
 
 def _draw_sequences(canvas: Canvas, check: CheckEvidence) -> None:

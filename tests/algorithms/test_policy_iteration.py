@@ -474,3 +474,17 @@ def test_kinks_are_told_and_smooth_rewards_are_not():
     assert rough.ripple(0) > 1e4 * smooth.ripple(0)
     assert rough.ripple(1) < 1e-5
     assert LINE.finer().spacing[0] == LINE.spacing[0] / 2
+
+
+def test_the_average_over_the_start_is_refined_until_it_stands():
+    """A steep reward and little noise make V_T rough in the initial noise: 73 nodes are not enough."""
+    steep, bare = Reward(lambda x: torch.tanh(5 * x[:, 0])), parameters(1)
+    sharp = Chain([[[1.0]]], [[0.0]], [0.1])
+    found = evaluate(sharp, bare, steep, 0.5, bare, Grid(-8, 8, 401))
+    noise = torch.linspace(-9.0, 9.0, 4001, dtype=torch.float64)[:, None]
+    weight = torch.exp(-0.5 * noise[:, 0] ** 2)
+    expected = float((weight * found.value(1, sharp.initial(noise))).sum() / weight.sum())
+    assert abs(found.objective() - expected) < 1e-9
+    assert abs(found._objective(72) - expected) > 1e-7
+    with pytest.raises(RuntimeError, match="the average over the initial noise still moves by"):
+        found.objective(tolerance=-1.0)
