@@ -16,7 +16,7 @@ from algorithms.baselines import LeaveOneOut
 from algorithms.chain import Chain, Noise, Params
 from algorithms.estimators import Estimator, with_baseline
 from algorithms.objective import Objective, kl_regularised
-from algorithms.policy_iteration import Grid, PolicyIteration, Value, evaluate
+from algorithms.policy_iteration import Grid, PolicyIteration, evaluate
 from algorithms.training import FromEstimator
 from claims.claim import Check, Claim, Context
 from claims.judges import Sampler, at_least, equals, has_mean
@@ -824,17 +824,11 @@ def affine_value(added: Array) -> float:
 
 def mlp_value(params: Params) -> float:
     chain, start = mlp()
-    return mean_at_start(evaluate(chain, params, LogCosh(), MIX_STRENGTH, start, GRID))
+    return evaluate(chain, params, LogCosh(), MIX_STRENGTH, start, GRID).objective()
 
 
 INITIAL = np.linspace(-9.0, 9.0, 361)  # Y_0, fine enough for a score that changes its sign within a unit
 INITIAL_LAW = np.exp(-0.5 * INITIAL**2) / np.exp(-0.5 * INITIAL**2).sum()
-
-
-def mean_at_start(value: Value) -> float:
-    """The mean of the first step's value over Y_0."""
-    with torch.no_grad():
-        return float(INITIAL_LAW @ value.value(value.problem.chain.steps, torch.tensor(INITIAL[:, None])).numpy())
 
 
 @cache
@@ -845,7 +839,7 @@ def extremes(which: Which) -> tuple[float, float]:
         return exact.objective(policies, policies.pretrained()), exact.objective(policies, policies.optimum())
     chain, start = mlp()
     solution = PolicyIteration(chain, start, LogCosh(), MIX_STRENGTH, GRID).solve(40)
-    return mlp_value(start), mean_at_start(solution)
+    return mlp_value(start), solution.objective()
 
 
 def by_bellman(strength: float = MIX_STRENGTH, kept: float = 1.0) -> Array:

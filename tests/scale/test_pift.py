@@ -79,6 +79,6 @@ def test_the_running_cost_of_the_preset_is_pi_fts(digits_cache: Path) -> None:
             gap = task.chain.mean(params, roll.latents[t], t, own) - task.chain.mean(
                 task.params, roll.latents[t], t, own
             )
-        wanted = 0.03 * gap.flatten(1).square().sum(1) / (2 * task.chain.std(t) ** 2)
+        wanted = 0.01 * gap.flatten(1).square().sum(1) / (2 * task.chain.std(t) ** 2)
         assert bool((wanted > 0).all())
         assert torch.allclose(roll.costs[t - 1], wanted, rtol=1e-4)
