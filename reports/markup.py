@@ -31,6 +31,7 @@ _DIALECT = "markdown" + "".join(
 _WRITER = {"html": "html5", "typst": "typst"}
 _MARK = {"html": re.compile(r"<p>MARK(\d+)END</p>\n?"), "typst": re.compile(r"^MARK(\d+)END\n+", re.MULTILINE)}
 _SIZED = re.compile(r"\\(?:big|Big|bigg|Bigg)([lr]?)(?![A-Za-z])\s*")
+_CIRCLED = re.compile(r"\b(times|plus|minus|dot)\.circle\b")
 _TOKEN = re.compile("\ue000(\\d+)\ue001")
 _FORBIDDEN = (
     (re.compile(r"^\s{0,3}(#|[=-]{3,}\s*$)", re.MULTILINE), "a heading or a rule"),
@@ -118,7 +119,7 @@ def translate(texts: Sequence[str], form: Format) -> list[str]:
         )
         parts = _MARK[form].split(output.rstrip() + "\n\n")
         if [int(index) for index in parts[1::2]] == list(range(len(texts))):
-            return [_respaced(part.strip(), form) for part in parts[2::2]]
+            return [_mended(part.strip(), form) for part in parts[2::2]]
         fault = "it breaks out of its place"
     except RuntimeError as error:
         fault = _first_warning(str(error))
@@ -150,9 +151,15 @@ def _unwrapped(piece: str, form: Format) -> str:
     return single.group(1) if single else piece
 
 
-def _respaced(piece: str, form: Format) -> str:
-    r"""Undo a slip of pandoc's: it writes the small negative space `\!` as a whole em."""
-    return piece.replace("#h(-1em)", "#h(-0.167em)") if form == "typst" else piece
+def _mended(piece: str, form: Format) -> str:
+    r"""Undo two slips of pandoc's: the small negative space `\!` as a whole em, and names that Typst has given up.
+
+    >>> _mended(r"$a times.circle b$", "typst")
+    '$a times.o b$'
+    """
+    if form == "html":
+        return piece
+    return _CIRCLED.sub(r"\1.o", piece.replace("#h(-1em)", "#h(-0.167em)"))
 
 
 def _first_warning(message: str) -> str:

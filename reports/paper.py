@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import typst
@@ -50,6 +51,26 @@ def pdf(report: Report) -> bytes:
         main = folder / "paper.typ"
         main.write_text(source(report), encoding="utf-8")
         return typst.compile(str(main), root=str(folder), font_paths=[str(fonts)], ignore_system_fonts=True)
+
+
+def unset(pieces: Sequence[str]) -> tuple[int, str] | None:
+    """Return the index of the first Typst fragment that cannot be compiled, and the fault; None if all can."""
+    with tempfile.TemporaryDirectory() as name:
+        main = Path(name) / "main.typ"
+        main.write_text("\n\n".join(pieces), encoding="utf-8")
+        try:
+            typst.compile(str(main), root=name, ignore_system_fonts=True)
+        except typst.TypstError as error:
+            fault = " ".join(str(error).split())
+        else:
+            return None
+    if len(pieces) == 1:
+        return 0, fault
+    half = len(pieces) // 2  # only on failure, to name the culprit
+    if found := unset(pieces[:half]):
+        return found
+    found = unset(pieces[half:])
+    return None if found is None else (half + found[0], found[1])
 
 
 def _string(text: str) -> str:

@@ -12,7 +12,7 @@ from claims.records import Run, to_json, write_atomically
 from reports.content import report_of
 from reports.markup import MarkupError, escaped, translate
 from reports.page import page
-from reports.paper import pdf
+from reports.paper import pdf, unset
 from reports.plots import check_plot_text
 from reports.tables import cell
 
@@ -47,11 +47,15 @@ def check_markup(run: Run) -> None:
         else:
             shown = cell(text) if field == "rows" else text
             places.setdefault(inspect.cleandoc(text) if field in _PROSE else escaped(shown), place)
-    for form in ("html", "typst"):
-        try:
-            translate(list(places), form)
-        except MarkupError as error:
-            raise MarkupError(error.text, error.fault, places[error.text]) from None
+    texts = list(places)
+    try:
+        translate(texts, "html")
+        pieces = translate(texts, "typst")
+    except MarkupError as error:
+        raise MarkupError(error.text, error.fault, places[error.text]) from None
+    if found := unset(pieces):
+        index, fault = found
+        raise MarkupError(texts[index], f"Typst cannot set it: {fault}", places[texts[index]])
 
 
 def _check_plotted(place: str, text: str) -> None:

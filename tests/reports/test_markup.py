@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from claims.records import Run
 from reports.markup import Fragments, MarkupError, escaped, translate
+from reports.paper import unset
 from reports.report import check_markup
 from tests.reports import fake
 
@@ -123,3 +124,11 @@ def test_bad_mathematics_in_a_figure_is_named() -> None:
 
 def test_the_made_up_run_can_be_typeset() -> None:
     check_markup(fake.full_run())
+
+
+def test_what_typst_cannot_compile_is_found_and_names_it_has_given_up_are_mended() -> None:
+    assert unset(translate([r"$a \otimes b$", r"$\bigotimes_i c_i \odot d$", r"$x \ominus y$"], "typst")) is None
+    found = unset(["$a$", "$b$", "$c nosuch.symbol d$", "$e times.circle f$"])
+    assert found is not None
+    assert found[0] == 2
+    assert "unknown" in found[1]
