@@ -33,8 +33,9 @@ from theory.control_rewards import Ridge
 from theory.gaussian import Gaussian
 from toy.comparison import Problem
 from toy.control import ControlledChain, MLPControl
-from toy.control_experiments import EachRun, Parallel, batch_gradients, twin
+from toy.control_experiments import batch_gradients, twin
 from toy.experiments import generator, gradients
+from toy.parallel import EachRun, Parallel
 from toy.rewards import LogCosh
 from verdicts.means import gaussian_polynomial_kurtosis as kurtosis
 from verdicts.streams import Stream

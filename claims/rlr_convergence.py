@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from torch import Tensor
 
 from algorithms import credit as credits
 from algorithms import estimators as named
 from algorithms import rlr
-from algorithms.chain import Params
 from algorithms.credit import Credit
 from algorithms.estimators import Estimator, antithetic
 from algorithms.objective import Objective
@@ -31,6 +29,7 @@ from theory.credit import Moments, credit_moments
 from theory.variance import gaussian_rule
 from toy.experiments import Block, generator, gradients, mapped
 from toy.linear_gaussian import LinearGaussian, Problem
+from toy.parallel import Parallel
 from toy.rewards import Sine
 from verdicts.means import gaussian_polynomial_kurtosis as kurtosis
 from verdicts.streams import Stream
@@ -59,33 +58,6 @@ def ratios(step: Callable[[float, float, float, int], float] = sgd.step_size) ->
     cases = (*GRID, (10.0, 5.0, 0.0, 10), (1.0, 1.0, 1.0, 10**6))
     found = [worst_average(*case, step=step(*case)) / sgd.bound(*case) for case in cases]
     return np.array([max(found[:-2]), *found[-2:]])
-
-
-@dataclass(frozen=True, eq=False)
-class Replicas:
-    """A linear-Gaussian chain in which every sample has its own parameter, {"theta": (n, p)}: n runs in one batch."""
-
-    chain: LinearGaussian
-
-    @property
-    def steps(self) -> int:
-        return self.chain.steps
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.chain.shape
-
-    def initial(self, noise: Tensor) -> Tensor:
-        return self.chain.initial(noise)
-
-    def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
-        def one(theta: Tensor, y: Tensor) -> Tensor:
-            return self.chain.mean({"theta": theta}, y[None], t, None)[0]
-
-        return torch.func.vmap(one)(params["theta"], x)
-
-    def std(self, t: int) -> float:
-        return self.chain.std(t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +128,7 @@ def bound_on_lg1(updates: int) -> float:
 
 def ascents(estimator: Estimator, step: float, size: int = 1 << 12) -> Sampler:
     """Averages of |∇J(theta_k)|² over k = 0..K, one per independent run of stochastic gradient ascent on LG1."""
-    ascent, chain = on_lg1(), Replicas(additive().chain)
+    ascent, chain = on_lg1(), Parallel(additive().chain, size)
     curvature, best = torch.tensor(ascent.curvature), torch.tensor(ascent.best)
 
     def sampler(stream: Stream) -> Block:

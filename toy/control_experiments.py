@@ -13,7 +13,6 @@ The rules, declared before any run that is reported:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from algorithms import estimators as named
 from algorithms.baselines import LeaveOneOut
-from algorithms.chain import Chain, Condition, Noise, Params, rollout
+from algorithms.chain import Noise, Params, rollout
 from algorithms.estimators import with_baseline
 from algorithms.losses import DPOK
 from algorithms.objective import KLToReference, Objective, kl_regularised
@@ -33,6 +32,7 @@ from toy.comparison import Problem
 from toy.control import AffineScore, ControlledChain
 from toy.experiments import Block, Sampler, generator
 from toy.linear_gaussian import Quadratic
+from toy.parallel import EachRun, Parallel
 from verdicts.streams import Stream
 
 Name = Literal["PI-FT, first order", "PI-FT, policy gradient", "DPOK"]
@@ -86,62 +86,6 @@ class Courses:
     objective: np.ndarray
     gradient: np.ndarray
     final: Params
-
-
-@dataclass(frozen=True, eq=False)
-class Parallel:
-    """Many runs of one chain at once: parameters (runs, *shape), and samples run by run. No run sees another."""
-
-    chain: Chain
-    runs: int
-
-    @property
-    def steps(self) -> int:
-        return self.chain.steps
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.chain.shape
-
-    def initial(self, noise: Tensor) -> Tensor:
-        return self.chain.initial(noise)
-
-    def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
-        def one(p: Params, y: Tensor) -> Tensor:
-            return self.chain.mean(p, y, t, None)
-
-        return torch.func.vmap(one)(params, x.unflatten(0, (self.runs, -1))).flatten(0, 1)
-
-    def std(self, t: int) -> float:
-        return self.chain.std(t)
-
-    def stacked(self, params: Params) -> Params:
-        """Return one copy of the parameters per run."""
-        return {name: p.expand(self.runs, *p.shape).clone() for name, p in params.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class EachRun:
-    """A method on the runs of a `Parallel` chain: each gets the gradient of its own batch mean."""
-
-    method: Method
-    runs: int
-
-    def updates(
-        self,
-        chain: Chain,
-        params: Params,
-        objective: Objective,
-        samples: int,
-        generator: torch.Generator,
-        condition: Condition = None,
-    ) -> Iterator[Tensor]:
-        """Give the gradients of ascent in the `.grad`s, and all runs' returns (n,)."""
-        for returns in self.method.updates(chain, params, objective, samples, generator, condition):
-            for p in params.values():
-                if p.grad is not None:
-                    p.grad *= self.runs  # the mean over all runs' samples divides by their number too
-            yield returns
 
 
 def method(name: Name, steps: int, batch: int) -> Method:

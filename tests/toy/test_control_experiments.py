@@ -21,8 +21,6 @@ from theory.gaussian import Gaussian
 from toy.comparison import Problem
 from toy.control_experiments import (
     NAMES,
-    EachRun,
-    Parallel,
     Plan,
     as_params,
     batch_gradients,
@@ -35,6 +33,7 @@ from toy.control_experiments import (
 )
 from toy.ddpm import MLPChain, initial_parameters
 from toy.experiments import generator
+from toy.parallel import EachRun, Parallel
 from toy.rewards import Bumps
 from verdicts.streams import Stream
 
