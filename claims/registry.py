@@ -24,6 +24,7 @@ from claims import (
     rlr_convergence,
     rlr_reported,
     rlr_variances,
+    sft,
     telescoped,
     training,
     variances,
@@ -54,6 +55,7 @@ CHAPTERS: tuple[Claim, ...] = (
     *pift_limits.CLAIMS,
     *pift_experiments.CLAIMS,
     *pift_learned.CLAIMS,
+    *sft.CLAIMS,
     *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))
