@@ -25,6 +25,7 @@ from claims import (
     rlr_reported,
     rlr_variances,
     sft,
+    sft_baselines,
     telescoped,
     training,
     variances,
@@ -56,6 +57,7 @@ CHAPTERS: tuple[Claim, ...] = (
     *pift_experiments.CLAIMS,
     *pift_learned.CLAIMS,
     *sft.CLAIMS,
+    *sft_baselines.CLAIMS,
     *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))
