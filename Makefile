@@ -15,7 +15,7 @@ report: $(VENV)/ready  ## measure every claim on this machine and write out/repo
 	$(BIN)/verifine verify --profile standard --out $(RUN) --resume; status=$$?; \
 	test $$status -le 1 && $(BIN)/verifine report $(RUN) && exit $$status
 
-smoke: $(VENV)/ready  ## the same with wide margins, in a minute
+smoke: $(VENV)/ready  ## the same with wide margins, some minutes less
 	$(BIN)/verifine verify --profile smoke --out out/smoke --resume; status=$$?; \
 	test $$status -le 1 && $(BIN)/verifine report out/smoke && exit $$status
 
