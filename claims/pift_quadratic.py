@@ -19,6 +19,7 @@ from algorithms.chain import Condition
 from algorithms.policy_iteration import Grid, PolicyIteration
 from claims.claim import Claim
 from claims.judges import at_least, equals
+from claims.pift import SAMPLED_PATHS
 from claims.pift_problems import CHAPTER, PAPER, POINTS, START, linear_quadratic
 from claims.records import Column, Figure, Panel, Series, Table
 from theory.control import ControlSchedule
@@ -767,6 +768,7 @@ PATH_DIVERGENCE = Claim(
             tolerance=2e-12,
             margin_from="2e-12: the numbers are typed with twelve digits",
         ),
+        SAMPLED_PATHS,
     ),
 )  # fmt: skip
 
