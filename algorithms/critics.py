@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from algorithms.chain import Chain, Condition, Params, at_step
 
@@ -67,9 +68,9 @@ class MLPCritic:
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         h = x.flatten(1)
         for i in range(len(self.hidden)):
-            h = torch.relu(h @ params[f"weight{i}"].T + params[f"bias{i}"])
+            h = torch.relu(linear(h, params[f"weight{i}"], params[f"bias{i}"]))
         last = len(self.hidden)
-        return (h @ params[f"weight{last}"].T + params[f"bias{last}"])[:, 0]
+        return linear(h, params[f"weight{last}"], params[f"bias{last}"])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,15 @@ class MLPValue:
         return params | gains
 
     def __call__(self, params: Params, x: Tensor, steps: Tensor) -> Tensor:
-        h = x.flatten(2)
-        for i in range(len(self.hidden)):
+        h, last = x.flatten(2), len(self.hidden)
+        for i in range(last):
+            weight, bias = params[f"weight{i}"], params[f"bias{i}"]
             gain = params[f"gain{i}"][steps - 1][:, None]  # (k, 1, width)
-            h = torch.relu(gain * (h @ params[f"weight{i}"].T + params[f"bias{i}"]))
-        last = len(self.hidden)
-        return (h @ params[f"weight{last}"].T + params[f"bias{last}"])[..., 0]
+            if h.shape[2] < h.shape[1]:  # each step has fewer weights than hidden numbers: scale the weights
+                h = torch.relu(torch.baddbmm(gain * bias, h, gain * weight.T))
+            else:
+                h = torch.relu(gain * linear(h, weight, bias))
+        return linear(h, params[f"weight{last}"], params[f"bias{last}"])[..., 0]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,16 @@ from algorithms.division import WHOLE, Division
 from algorithms.estimators import policy_gradient, truncated
 from algorithms.objective import Objective
 
+
+@runtime_checkable
+class AnyStep(Chain, Protocol):
+    """A chain that can take every step at once; a small network is then called once instead of T times."""
+
+    def means(self, params: Params, x: Tensor) -> Tensor:
+        """Return the means of x_{t-1} given x_t = x[t - 1] for t = 1..T, (T, n, *shape) both; without a condition."""
+        ...
+
+
 # Keeps a batch of equal returns from a division by zero; DDPO's released value.
 STD_FLOOR = 1e-8
 
@@ -77,18 +87,11 @@ class Trajectories:
         noise, condition = noise.of(share), of_samples(condition, share)
         rolls, rewards, log_probs = [], [], []
         for part in division.pieces(noise.samples):
-            own, means = of_samples(condition, part), []
-
-            def cost(
-                mean: Tensor, x: Tensor, t: int, own: Condition = own, means: list[Tensor] = means
-            ) -> Tensor | None:
-                means.append(mean)
-                return objective.cost(chain, mean, x, t, at_step(own, t))
-
-            roll = rollout(chain, fixed, noise.of(part), own, cost=cost)
+            own = of_samples(condition, part)
+            roll, means = charged_rollout(chain, fixed, objective, noise.of(part), own)
             with torch.no_grad():
                 rewards.append(objective.reward(roll.latents[0], for_reward(own)))
-            densities = [_log_density(m, x, s) for m, x, s in zip(means[::-1], roll.latents, stds, strict=False)]
+            densities = [_log_density(m, x, s) for m, x, s in zip(means, roll.latents, stds, strict=False)]
             log_probs.append(torch.stack(densities))
             rolls.append(roll)
         return cls(
@@ -109,11 +112,16 @@ class Trajectories:
         """Set the `.grad`s to the gradient of 1 / count * sum over `samples` and t of value, over all processes.
 
         Steps, and micro-batches of a step, are taken one at a time, so memory is one step's activations, whatever T is.
+        An `AnyStep` chain without running costs and condition takes all steps of a micro-batch in one call.
 
         Args:
             samples: which of this process's samples; None for all of them.
         """
         pieces = self.division.pieces(len(self.rewards) if samples is None else len(samples))
+        if isinstance(self.chain, AnyStep) and self.condition is None and not self.objective.running_costs:
+            self._ascend_at_once(self.chain, params, samples, pieces, value, count)
+            self.division.add_gradients(params)
+            return
         for t in range(1, self.chain.steps + 1):
             own, std = at_step(self.condition, t), positive_std(self.chain, t)
             for piece in pieces:
@@ -123,13 +131,52 @@ class Trajectories:
                 with torch.enable_grad():
                     mean = step_mean(self.chain, leaves, x, t, told)
                     log_prob = _log_density(mean, x_next, std)
-                    each = value(t, part, log_prob, self.objective.cost(self.chain, mean, x, t, told))
+                    each = value(t - 1, part, log_prob, self.objective.cost(self.chain, mean, x, t, told))
                 _add_gradient(params, leaves, each.sum() / count)
         self.division.add_gradients(params)
 
+    def _ascend_at_once(
+        self,
+        chain: AnyStep,
+        params: Params,
+        samples: Tensor | None,
+        pieces: list[slice],
+        value: Value,
+        count: int,
+    ) -> None:
+        stds = self.roll.latents.new_tensor([positive_std(chain, t) for t in range(1, chain.steps + 1)])[:, None]
+        for piece in pieces:
+            part = piece if samples is None else samples[piece]
+            latents, leaves = self.roll.latents[:, part], _leaves(params)
+            with torch.enable_grad():
+                gap = (latents[:-1] - chain.means(leaves, latents[1:])).flatten(2)
+                each = value(slice(None), part, -0.5 * (gap.square().sum(2) / stds.square()), None)
+            _add_gradient(params, leaves, each.sum() / count)
 
-Value = Callable[[int, "slice | Tensor", Tensor, "Tensor | None"], Tensor]
-"""value(t, samples, log-density of x_{t-1} given x_t, running cost) -> (len(samples),)."""
+
+Value = Callable[["int | slice", "slice | Tensor", Tensor, "Tensor | None"], Tensor]
+"""value(t - 1, samples, log-density of x_{t-1} given x_t, running cost) -> (len(samples),), or for all t (T, ...)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The plain policy gradient's surrogate: advantage times log-density, less the running cost.
+
+    Attributes:
+        advantages: (T, n).
+    """
+
+    advantages: Tensor
+
+    def __call__(self, row: int | slice, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
+        gain = self.advantages[row, part] * log_prob
+        return gain if cost is None else gain - cost
+
+
+def clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Return min(rho A, clip(rho, 1 - clip, 1 + clip) A) with rho = exp(log_ratio) (Schulman et al. 2017, eq. 7)."""
+    ratio = torch.exp(log_ratio)
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
 @dataclass(frozen=True)
@@ -194,10 +241,8 @@ class PPO:
         advantages, scale = self._advantages(batch, samples, size)
         returns = self.division.gather(batch.returns)
 
-        def surrogate(t: int, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
-            ratio = torch.exp(log_prob - batch.log_probs[t - 1][part])
-            a = advantages[t - 1][part]
-            gain = torch.minimum(ratio * a, ratio.clamp(1 - self.clip, 1 + self.clip) * a)
+        def surrogate(row: int | slice, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
+            gain = clipped(log_prob - batch.log_probs[row, part], advantages[row, part], self.clip)
             return gain if cost is None else gain - cost / scale[part]
 
         for _ in range(self.epochs):
@@ -264,11 +309,7 @@ class DPOK:
         baseline = self.division.baseline(self.baseline)
         advantages = [batch.rewards - baseline(batch.rewards, x, t) for t, x in enumerate(batch.roll.latents[1:], 1)]
 
-        def value(t: int, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
-            gain = advantages[t - 1][part] * log_prob
-            return gain if cost is None else gain - cost
-
-        batch.ascend(params, None, value, samples)
+        batch.ascend(params, None, Scored(torch.stack(advantages)), samples)
         yield self.division.gather(batch.returns)
 
 
@@ -387,6 +428,19 @@ class DraftLV:
         returns = self.accumulate(chain, params, objective, noise, condition)
         self.division.add_gradients(params)
         yield self.division.gather(returns)
+
+
+def charged_rollout(
+    chain: Chain, params: Params, objective: Objective, noise: Noise, condition: Condition
+) -> tuple[Rollout, list[Tensor]]:
+    """Run the chain without a graph, charged the objective's running costs; return the means of steps t = 1..T too."""
+    means = []
+
+    def cost(mean: Tensor, x: Tensor, t: int) -> Tensor | None:
+        means.append(mean)
+        return objective.cost(chain, mean, x, t, at_step(condition, t))
+
+    return rollout(chain, params, noise, condition, cost=cost), means[::-1]
 
 
 def _log_density(mean: Tensor, x: Tensor, std: float) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from algorithms.baselines import Baseline, LeaveOneOut
-from algorithms.chain import Chain, Condition, Noise, Params, Rollout, at_step, of_samples, rollout
+from algorithms.chain import Chain, Condition, Noise, Params, Rollout, of_samples
 from algorithms.critics import (
     Critic,
     CriticReward,
@@ -37,7 +37,7 @@ from algorithms.critics import (
 )
 from algorithms.division import Division
 from algorithms.estimators import Estimator, first_order, policy_gradient, with_baseline
-from algorithms.losses import Trajectories
+from algorithms.losses import Scored, Trajectories, charged_rollout, clipped
 from algorithms.objective import Objective, RunningCost
 from algorithms.training import Callback, FromEstimator, Settings, Trainer
 
@@ -261,7 +261,9 @@ class _Rounds:
         self._critic = {} if kernel else {k: p.requires_grad_() for k, p in _copies(adversary.params).items()}
         self._value = {k: p.requires_grad_() for k, p in _copies(adversary.value_params).items()}
         leaves, betas = [*self._critic.values(), *self._value.values()], method.critic_betas
-        self._optimizer = torch.optim.Adam(leaves, lr=method.critic_learning_rate, betas=betas) if leaves else None
+        self._optimizer = (
+            torch.optim.Adam(leaves, lr=method.critic_learning_rate, betas=betas, fused=True) if leaves else None
+        )
 
     def adversary(self) -> Adversary:
         """Return copies of the networks."""
@@ -280,16 +282,18 @@ class _Rounds:
     ) -> Iterator[Tensor]:
         """Train the critic, then give the generator's gradients of ascent in the `.grad`s, and returns (n,)."""
         fixed = {name: p.detach() for name, p in params.items()}
-        rolls, batches, seen = [], [], (0.0, 0.0)
-        for _ in range(self.method.critic_steps):
-            noise = policy_gradient(chain.steps).draw(chain, fixed, samples, generator)
-            rolls.append(self._roll(chain, fixed, objective, noise, condition))
-            picks = torch.randint(len(self._data), (samples,), generator=generator, device=generator.device)
-            batches.append(self._data[picks.to(self._data.device)].to(rolls[-1].latents))
-            if not isinstance(self._initial.critic, KernelCritic):
-                seen = self._critic_step(chain, fixed, rolls[-1], batches[-1], generator, condition)
+        steps, seen = self.method.critic_steps, (0.0, 0.0)
+        # The generator stands still meanwhile, so the batches of all critic steps are rolled out together.
+        everyone = of_samples(condition, torch.arange(steps * samples) % samples)
+        noise = policy_gradient(chain.steps).draw(chain, fixed, steps * samples, generator)
+        buffer = self._roll(chain, fixed, objective, noise, everyone)
+        picks = torch.randint(len(self._data), (steps * samples,), generator=generator, device=generator.device)
+        data = self._data[picks.to(self._data.device)].to(buffer.latents)
         if isinstance(self._initial.critic, KernelCritic):
-            seen = self._fit_witness(rolls, batches)
+            seen = self._fit_witness(buffer, data, samples)
+        else:
+            for part in _batches(len(data), samples):
+                seen = self._critic_step(chain, fixed, buffer.latents[:, part], data[part], generator, condition)
         self.critic_value.append(seen[0])
         self.penalty.append(seen[1])
         reward = CriticReward(self._initial.critic, {k: p.detach() for k, p in self._effective().items()})
@@ -299,7 +303,7 @@ class _Rounds:
         elif self.method.batches == "clipped":
             yield from self._clipped(chain, params, against, samples, generator, condition)
         else:
-            yield from self._buffered(chain, params, against, rolls, samples, generator, condition)
+            yield from self._buffered(chain, params, against, buffer, samples, generator, everyone)
 
     # -- the generator's steps
 
@@ -332,11 +336,10 @@ class _Rounds:
     ) -> Iterator[Tensor]:
         noise = policy_gradient(chain.steps).draw(chain, params, samples, generator)
         batch = Trajectories.of(chain, params, objective, noise, condition, self._division)
-        advantages, clip = self._advantages(batch), self.method.ratio_clip
+        advantages = self._advantages(batch)
 
-        def value(t: int, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
-            ratio, a = torch.exp(log_prob - batch.log_probs[t - 1][part]), advantages[t - 1][part]
-            gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
+        def value(row: int | slice, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
+            gain = clipped(log_prob - batch.log_probs[row, part], advantages[row, part], self.method.ratio_clip)
             return gain if cost is None else gain - cost
 
         for _ in range(self.method.generator_steps):
@@ -348,42 +351,38 @@ class _Rounds:
         chain: Chain,
         params: Params,
         objective: Objective,
-        rolls: list[Rollout],
+        buffer: Rollout,
         samples: int,
         generator: torch.Generator,
         condition: Condition,
     ) -> Iterator[Tensor]:
-        buffer = Rollout.join(rolls)
         for _ in range(self.method.generator_steps):
-            order = torch.randperm(samples * len(rolls), generator=generator, device=generator.device)
+            order = torch.randperm(buffer.latents.shape[1], generator=generator, device=generator.device)
             picks = order[:samples].to(buffer.latents.device)
             roll = Rollout(buffer.latents[:, picks], buffer.costs[:, picks])
-            told = of_samples(condition, picks % samples)  # every batch of the buffer had the same conditions
             with torch.no_grad():
                 rewards = objective.reward(roll.latents[0], None)
             unused = torch.zeros_like(roll.costs)  # densities at drawing: there are no importance ratios
+            told = of_samples(condition, picks)
             batch = Trajectories(chain, objective, told, roll, rewards, unused, self._division)
-            batch.ascend(params, None, _Scored(self._advantages(batch)), samples)
+            batch.ascend(params, None, Scored(self._advantages(batch)), samples)
             yield batch.returns
 
     def _advantages(self, batch: Trajectories) -> Tensor:
         """Return (T, n): what remains of the return after step t, less the baseline."""
-        after, baseline = batch.returns_after, self._baseline()
-        states = enumerate(zip(after, batch.roll.latents[1:], strict=True), 1)
-        return torch.stack([row - baseline(row, x, t) for t, (row, x) in states])
+        if self._initial.value is not None:
+            with torch.no_grad():
+                return batch.returns_after + self._values(batch.roll.latents)  # the baseline of -f is -V
+        others = LeaveOneOut()
+        states = enumerate(zip(batch.returns_after, batch.roll.latents[1:], strict=True), 1)
+        return torch.stack([row - others(row, x, t) for t, (row, x) in states])
 
     # -- the critic's steps
 
     def _roll(self, chain: Chain, params: Params, objective: Objective, noise: Noise, condition: Condition) -> Rollout:
-        parts = []
-        for part in self._division.pieces(noise.samples):
-            own = of_samples(condition, part)
-
-            def cost(mean: Tensor, x: Tensor, t: int, own: Condition = own) -> Tensor | None:
-                return objective.cost(chain, mean, x, t, at_step(own, t))
-
-            parts.append(rollout(chain, params, noise.of(part), own, cost=cost))
-        return Rollout.join(parts)
+        pieces = self._division.pieces(noise.samples)
+        parts = ((noise.of(piece), of_samples(condition, piece)) for piece in pieces)
+        return Rollout.join([charged_rollout(chain, params, objective, n, told)[0] for n, told in parts])
 
     def _effective(self) -> Params:
         """Return the parameters with which the critic is evaluated."""
@@ -400,13 +399,13 @@ class _Rounds:
         self,
         chain: Chain,
         params: Params,
-        roll: Rollout,
+        latents: Tensor,
         data: Tensor,
         generator: torch.Generator,
         condition: Condition,
     ) -> tuple[float, float]:
-        """Ascend g - strength * penalty; return both terms as they were before."""
-        kind, generated, effective = self.method.regulariser, roll.latents[0], self._effective()
+        """Ascend g - strength * penalty on roll-outs (T + 1, n, *shape); return both terms as they were before."""
+        kind, generated, effective = self.method.regulariser, latents[0], self._effective()
 
         def score(x: Tensor) -> Tensor:
             return evaluate(self._initial.critic, effective, x)
@@ -417,33 +416,36 @@ class _Rounds:
             options = {"generator": generator, "dtype": data.dtype, "device": generator.device}
             penalty = gradient_penalty(score, generated, data, torch.rand(len(data), **options).to(data.device))
         elif kind == "baseline":
-            penalty = baseline_penalty(self._values(roll.latents), of_generated)
+            penalty = baseline_penalty(self._values(latents), of_generated)
         elif kind == "conditional baseline":
-            ends = continuations(chain, params, roll.latents, generator, condition)
+            ends = continuations(chain, params, latents, generator, condition)
             again = score(ends.flatten(0, 1)).reshape(ends.shape[:2])
-            penalty = baseline_penalty(self._values(roll.latents), of_generated, again)
+            penalty = baseline_penalty(self._values(latents), of_generated, again)
         if self._initial.value is not None and not self.method.needs_value:
-            fit = baseline_penalty(self._values(roll.latents), of_generated.detach())
+            fit = baseline_penalty(self._values(latents), of_generated.detach())
         self._descend(self.method.strength * penalty - value + fit)
         return float(value.detach()), float(penalty.detach())
 
-    def _fit_witness(self, rolls: list[Rollout], batches: list[Tensor]) -> tuple[float, float]:
+    def _fit_witness(self, buffer: Rollout, data: Tensor, samples: int) -> tuple[float, float]:
         """Make the samples the kernel critic's, fit the baseline to it, and return the estimate of MMD^2 and 0."""
-        critic = self._initial.critic
+        critic, generated = self._initial.critic, buffer.latents[0]
         assert isinstance(critic, KernelCritic)
-        self._witness = {"generated": torch.cat([r.latents[0] for r in rolls]), "data": torch.cat(batches)}
+        self._witness = {"generated": generated, "data": data}
         if self._initial.value is not None:
-            for roll in rolls:
-                self._descend(baseline_penalty(self._values(roll.latents), critic(self._witness, roll.latents[0])))
-        return float(critic.distance(self._witness["generated"], self._witness["data"])), 0.0
+            for part in _batches(len(data), samples):
+                values = self._values(buffer.latents[:, part])
+                self._descend(baseline_penalty(values, critic(self._witness, generated[part])))
+        return float(critic.distance(generated, data)), 0.0
 
     def _descend(self, loss: Tensor) -> None:
         assert self._optimizer is not None
         self._optimizer.zero_grad()
         loss.backward()
-        for name, p in [*self._critic.items(), *self._value.items()]:
-            if p.grad is not None and not bool(p.grad.isfinite().all()):
-                raise FloatingPointError(f"the gradient of the critic or the baseline is not finite, in {name}")
+        grads = {k: p.grad for k, p in [*self._critic.items(), *self._value.items()] if p.grad is not None}
+        if not bool(torch.nn.utils.get_total_norm(grads.values()).isfinite()):
+            bad = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
+            where = ", ".join(bad) or "its norm"
+            raise FloatingPointError(f"the gradient of the critic or the baseline is not finite, in {where}")
         self._optimizer.step()
 
     # -- saving
@@ -480,15 +482,8 @@ class _Rounds:
         self.critic_value, self.penalty = (list(state["history"][key]) for key in ("critic_value", "penalty"))
 
 
-@dataclass(frozen=True, eq=False)
-class _Scored:
-    """The plain policy gradient's surrogate: advantage times log-density, less the running cost."""
-
-    advantages: Tensor
-
-    def __call__(self, t: int, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
-        gain = self.advantages[t - 1][part] * log_prob
-        return gain if cost is None else gain - cost
+def _batches(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 def _check(chain: Chain, data: Tensor, adversary: Adversary, method: ShortcutFineTuning, samples: int) -> None:

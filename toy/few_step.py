@@ -139,6 +139,17 @@ class StepConditionedChain:
             shrink, weight = 1 / math.sqrt(1 - beta), beta / math.sqrt(1 - level)
         return shrink * (x - weight * self.epsilon(params, x, t))
 
+    def means(self, params: Params, x: Tensor) -> Tensor:
+        """Return the means of x_{t-1} given x_t = x[t - 1] for t = 1..T, (T, n, 2) both."""
+        self.check(params)
+        h = x
+        for layer, scale in enumerate(params["scale"].unbind(1), 1):
+            inner = torch.nn.functional.linear(h, params[f"w{layer}"].T, params[f"b{layer}"])
+            h = torch.nn.functional.softplus(scale[:, None] * inner)
+        epsilon = torch.nn.functional.linear(h, params["w4"].T, params["b4"])
+        shrink, weight = (1 - self.beta).rsqrt().to(x), (self.beta * (1 - self.alpha_bar).rsqrt()).to(x)
+        return shrink[:, None, None] * (x - weight[:, None, None] * epsilon)
+
     def _scales(self, scale: Tensor, t: int | Tensor) -> tuple[Tensor, ...]:
         """Return each hidden layer's scale, to be multiplied with (..., n, width)."""
         if not isinstance(t, Tensor):

@@ -130,11 +130,10 @@ def test_an_update_uses_the_trained_critic_on_fresh_roll_outs(gradient, regulari
     trainer = ShortcutTrainer(chain, params, data(d=3), adversary, method, Settings(1, 8, 0.01), generator_for)
     trainer.run()
     result, g = trainer.result(), generator_for(1)
-    for _ in range(2):  # what the critic's steps draw
-        policy_gradient(3).draw(chain, params, 8, g)
-        torch.randint(400, (8,), generator=g)
-        if regulariser == "gradient penalty":
-            torch.rand(8, generator=g, dtype=DOUBLE)
+    policy_gradient(3).draw(chain, params, 16, g)  # what both of the critic's steps draw
+    torch.randint(400, (16,), generator=g)
+    if regulariser == "gradient penalty":
+        torch.rand(16, generator=g, dtype=DOUBLE)
     after = result.adversary
     effective = spectrally_normalised(after.params) if regulariser == "spectral" else after.params
     objective = Objective(CriticReward(after.critic, effective))
@@ -429,7 +428,7 @@ def test_mmd_falls_and_a_wrong_sign_is_caught(arm, monkeypatch):
 
     assert ratio(80) < 0.5
     monkeypatch.setattr(CriticReward, "__call__", lambda self, x0, c: evaluate(self.critic, self.params, x0))
-    assert ratio(25) > 1.1
+    assert ratio(80) > 1.1
 
 
 def assert_equal(a, b):

@@ -1,6 +1,7 @@
 """Few-step DDPMs: the network and its training re-derived, seeds independent, cached, and samples near the data."""
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,10 @@ import torch
 from sklearn.datasets import make_moons, make_swiss_roll
 
 from algorithms.chain import Noise, Params, Perturbation, rollout, step_mean
+from algorithms.division import Division
+from algorithms.estimators import policy_gradient
+from algorithms.losses import Scored, Trajectories, clipped
+from algorithms.objective import Objective
 from benchmarks.shortcut import PlainNetwork
 from toy import data as clouds
 from toy import few_step
@@ -71,6 +76,56 @@ def test_states_at_different_steps_in_one_call_are_as_one_by_one() -> None:
     alone = torch.cat([CHAIN.mean(weights(), x[i : i + 1], int(t[i])) for i in range(7)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(together, CHAIN.mean(weights(), x, t.flip(0)), atol=1e-4)
+
+
+def test_means_of_all_steps_in_one_call_are_as_step_by_step() -> None:
+    x = torch.stack([(1 + 0.1 * t) * states() for t in range(5)])
+    together = CHAIN.means(weights(), x)
+    for t in range(1, 6):
+        torch.testing.assert_close(together[t - 1], CHAIN.mean(weights(), x[t - 1], t), rtol=1e-5, atol=1e-6)
+
+
+class StepByStep:
+    """A chain without the `means` of all steps at once."""
+
+    def __init__(self, chain: StepConditionedChain) -> None:
+        self.steps, self.shape, self.initial, self.mean, self.std = (
+            chain.steps, chain.shape, chain.initial, chain.mean, chain.std,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_surrogates_ascend_all_steps_at_once_as_step_by_step(micro_batch: int | None) -> None:
+    division, objective = Division(micro_batch), Objective(Quadratic())
+    drawn, moved = ({k: p.double() for k, p in weights(name).items()} for name in ("weights", "b"))
+    noise = policy_gradient(5).draw(CHAIN, drawn, 8, torch.Generator().manual_seed(3))
+    noise = Noise(noise.initial.double(), noise.steps.double(), noise.outcome)
+    advantages = torch.randn(5, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    gradients = []
+    for chain in (CHAIN, StepByStep(CHAIN)):
+        batch = Trajectories.of(chain, drawn, objective, noise, None, division)
+
+        def ratio(row: int | slice, part: slice | torch.Tensor, log_prob: torch.Tensor, cost: None) -> torch.Tensor:
+            return clipped(1e-3 * (log_prob - batch.log_probs[row, part]), advantages[row, part], 0.2)  # noqa: B023
+
+        for value in (Scored(advantages), ratio):
+            for samples in (None, torch.tensor([6, 1, 2, 7, 0])):
+                params = {name: p.clone() for name, p in moved.items()}
+                batch.ascend(params, samples, value, 8)
+                gradients.append(params)
+    for at_once, one_by_one in zip(gradients[:4], gradients[4:], strict=True):
+        for name in moved:
+            torch.testing.assert_close(at_once[name].grad, one_by_one[name].grad, rtol=1e-7, atol=1e-12)
+            assert float(one_by_one[name].grad.norm()) > 1e-6
+    assert not torch.allclose(gradients[0]["w2"].grad, gradients[1]["w2"].grad, rtol=1e-2)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    differentiable: bool = True
+
+    def __call__(self, x0: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        return -x0.square().sum(1)
 
 
 @pytest.mark.parametrize("t", [2, torch.tensor([[5, 1, 1, 3, 2, 4, 5], [1, 2, 3, 4, 5, 5, 1]])], ids=["one", "each"])
