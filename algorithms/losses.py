@@ -37,8 +37,8 @@ from algorithms.objective import Objective
 class AnyStep(Chain, Protocol):
     """A chain that can take every step at once; a small network is then called once instead of T times."""
 
-    def means(self, params: Params, x: Tensor) -> Tensor:
-        """Return the means of x_{t-1} given x_t = x[t - 1] for t = 1..T, (T, n, *shape) both; without a condition."""
+    def means(self, params: Params, x: Tensor, steps: Tensor) -> Tensor:
+        """Return the means of x_{t-1} given x_t = x[i], t = steps[i] (k,), (k, n, *shape) both; without a condition."""
         ...
 
 
@@ -118,44 +118,72 @@ class Trajectories:
             samples: which of this process's samples; None for all of them.
         """
         pieces = self.division.pieces(len(self.rewards) if samples is None else len(samples))
-        if isinstance(self.chain, AnyStep) and self.condition is None and not self.objective.running_costs:
-            self._ascend_at_once(self.chain, params, samples, pieces, value, count)
-            self.division.add_gradients(params)
-            return
-        for t in range(1, self.chain.steps + 1):
-            own, std = at_step(self.condition, t), positive_std(self.chain, t)
-            for piece in pieces:
-                part = piece if samples is None else samples[piece]
-                x, x_next, leaves = self.roll.latents[t][part], self.roll.latents[t - 1][part], _leaves(params)
-                told = None if own is None else own[part]
-                with torch.enable_grad():
-                    mean = step_mean(self.chain, leaves, x, t, told)
-                    log_prob = _log_density(mean, x_next, std)
-                    each = value(t - 1, part, log_prob, self.objective.cost(self.chain, mean, x, t, told))
-                _add_gradient(params, leaves, each.sum() / count)
+        parts = pieces if samples is None else [samples[piece] for piece in pieces]
+        if self._at_once:
+            steps, latents = torch.arange(1, self.chain.steps + 1), self.roll.latents
+            for part in parts:
+                self._ascend_blocks(
+                    params, slice(None), part, steps, latents[1:, part], latents[:-1, part], value, count
+                )
+        else:
+            for t in range(1, self.chain.steps + 1):
+                for part in parts:
+                    self._ascend_step(params, t, part, value, count)
         self.division.add_gradients(params)
 
-    def _ascend_at_once(
+    def ascend_pairs(self, params: Params, rows: Tensor, value: Value, count: int) -> None:
+        """Do as `ascend` does, but for one step of each sample only: t = rows + 1, rows (n,) integers in 0..T - 1.
+
+        Of rows that are drawn uniformly, T times the result has the mean of `ascend`'s.
+        """
+        if self._at_once:
+            for piece in self.division.pieces(len(rows)):
+                row, part = rows[piece, None], torch.arange(len(rows), device=rows.device)[piece, None]
+                x, x_next = self.roll.latents[row + 1, part], self.roll.latents[row, part]
+                self._ascend_blocks(params, row, part, rows[piece] + 1, x, x_next, value, count)
+        else:
+            for t in range(1, self.chain.steps + 1):
+                chosen = torch.nonzero(rows == t - 1)[:, 0]
+                for piece in self.division.pieces(len(chosen)):
+                    self._ascend_step(params, t, chosen[piece], value, count)
+        self.division.add_gradients(params)
+
+    @property
+    def _at_once(self) -> bool:
+        return isinstance(self.chain, AnyStep) and self.condition is None and not self.objective.running_costs
+
+    def _ascend_step(self, params: Params, t: int, part: slice | Tensor, value: Value, count: int) -> None:
+        x, x_next, leaves = self.roll.latents[t][part], self.roll.latents[t - 1][part], _leaves(params)
+        own, std = at_step(self.condition, t), positive_std(self.chain, t)
+        told = None if own is None else own[part]
+        with torch.enable_grad():
+            mean = step_mean(self.chain, leaves, x, t, told)
+            log_prob = _log_density(mean, x_next, std)
+            each = value(t - 1, part, log_prob, self.objective.cost(self.chain, mean, x, t, told))
+        _add_gradient(params, leaves, each.sum() / count)
+
+    def _ascend_blocks(
         self,
-        chain: AnyStep,
         params: Params,
-        samples: Tensor | None,
-        pieces: list[slice],
+        row: Tensor | slice,
+        part: Tensor | slice,
+        steps: Tensor,
+        x: Tensor,
+        x_next: Tensor,
         value: Value,
         count: int,
     ) -> None:
-        stds = self.roll.latents.new_tensor([positive_std(chain, t) for t in range(1, chain.steps + 1)])[:, None]
-        for piece in pieces:
-            part = piece if samples is None else samples[piece]
-            latents, leaves = self.roll.latents[:, part], _leaves(params)
-            with torch.enable_grad():
-                gap = (latents[:-1] - chain.means(leaves, latents[1:])).flatten(2)
-                each = value(slice(None), part, -0.5 * (gap.square().sum(2) / stds.square()), None)
-            _add_gradient(params, leaves, each.sum() / count)
+        """Add the gradient of states x, x_next (k, m, *shape), block i at step `steps[i]`, by one call."""
+        assert isinstance(self.chain, AnyStep)
+        stds, leaves = x.new_tensor([positive_std(self.chain, t) for t in steps.tolist()])[:, None], _leaves(params)
+        with torch.enable_grad():
+            gap = (x_next - self.chain.means(leaves, x, steps)).flatten(2)
+            each = value(row, part, -0.5 * (gap.square().sum(2) / stds.square()), None)
+        _add_gradient(params, leaves, each.sum() / count)
 
 
-Value = Callable[["int | slice", "slice | Tensor", Tensor, "Tensor | None"], Tensor]
-"""value(t - 1, samples, log-density of x_{t-1} given x_t, running cost) -> (len(samples),), or for all t (T, ...)."""
+Value = Callable[["int | slice | Tensor", "slice | Tensor", Tensor, "Tensor | None"], Tensor]
+"""value(t - 1, samples, log-density of x_{t-1} given x_t, running cost) -> (len(samples),); or for several t."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +196,9 @@ class Scored:
 
     advantages: Tensor
 
-    def __call__(self, row: int | slice, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
+    def __call__(
+        self, row: int | slice | Tensor, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None
+    ) -> Tensor:
         gain = self.advantages[row, part] * log_prob
         return gain if cost is None else gain - cost
 
@@ -241,7 +271,7 @@ class PPO:
         advantages, scale = self._advantages(batch, samples, size)
         returns = self.division.gather(batch.returns)
 
-        def surrogate(row: int | slice, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
+        def surrogate(row: int | slice | Tensor, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
             gain = clipped(log_prob - batch.log_probs[row, part], advantages[row, part], self.clip)
             return gain if cost is None else gain - cost / scale[part]
 

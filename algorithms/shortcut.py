@@ -43,7 +43,7 @@ from algorithms.training import Callback, FromEstimator, Settings, Trainer
 
 GRADIENTS = ("pathwise", "policy")
 REGULARISERS = ("gradient penalty", "baseline", "conditional baseline", "spectral", None)
-BATCHES = ("fresh", "clipped", "buffer")
+BATCHES = ("fresh", "clipped", "buffer", "pairs")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class ShortcutFineTuning:
             unbiased for E[-f] with f given. "clipped" (policy only): one new batch for all steps, with importance
             ratios clipped to 1 +- ratio_clip as in PPO; the first step is that of "fresh". "buffer" (policy only):
             algorithm 1: roll-outs that the critic and the baseline were trained on, without importance ratios;
-            it saves a roll-out and is biased.
+            it saves a roll-out and is biased. "pairs" (policy only): of that buffer one step t for each sample, T times
+            its term for the sum, as the released script does up to the factor T.
         ratio_clip: for "clipped".
         critic_learning_rate, critic_betas: of Adam, for critic and baseline.
 
@@ -78,7 +79,7 @@ class ShortcutFineTuning:
     critic_steps: int = 5
     generator_steps: int = 1
     strength: float = 0.1
-    batches: Literal["fresh", "clipped", "buffer"] = "fresh"
+    batches: Literal["fresh", "clipped", "buffer", "pairs"] = "fresh"
     ratio_clip: float = 0.2
     critic_learning_rate: float = 1e-3
     critic_betas: tuple[float, float] = (0.9, 0.999)
@@ -225,7 +226,7 @@ class ShortcutTrainer:
         """Return copies of everything there is."""
         generator, rounds = self._trainer.result(), self._rounds
         method, samples = rounds.method, self._trainer.settings.samples
-        drawn = {"fresh": method.generator_steps, "clipped": 1, "buffer": 0}[method.batches] + method.critic_steps
+        drawn = {"fresh": method.generator_steps, "clipped": 1}.get(method.batches, 0) + method.critic_steps
         history = ShortcutHistory(
             list(rounds.critic_value),
             list(rounds.penalty),
@@ -338,7 +339,7 @@ class _Rounds:
         batch = Trajectories.of(chain, params, objective, noise, condition, self._division)
         advantages = self._advantages(batch)
 
-        def value(row: int | slice, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
+        def value(row: int | slice | Tensor, part: slice | Tensor, log_prob: Tensor, cost: Tensor | None) -> Tensor:
             gain = clipped(log_prob - batch.log_probs[row, part], advantages[row, part], self.method.ratio_clip)
             return gain if cost is None else gain - cost
 
@@ -356,16 +357,22 @@ class _Rounds:
         generator: torch.Generator,
         condition: Condition,
     ) -> Iterator[Tensor]:
+        total, pairs = buffer.latents.shape[1], self.method.batches == "pairs"
         for _ in range(self.method.generator_steps):
-            order = torch.randperm(buffer.latents.shape[1], generator=generator, device=generator.device)
+            order = torch.randperm(total * (chain.steps if pairs else 1), generator=generator, device=generator.device)
             picks = order[:samples].to(buffer.latents.device)
+            rows, picks = picks // total, picks % total
             roll = Rollout(buffer.latents[:, picks], buffer.costs[:, picks])
             with torch.no_grad():
                 rewards = objective.reward(roll.latents[0], None)
             unused = torch.zeros_like(roll.costs)  # densities at drawing: there are no importance ratios
             told = of_samples(condition, picks)
             batch = Trajectories(chain, objective, told, roll, rewards, unused, self._division)
-            batch.ascend(params, None, Scored(self._advantages(batch)), samples)
+            value = Scored(self._advantages(batch))
+            if pairs:
+                batch.ascend_pairs(params, rows, Scored(chain.steps * value.advantages), samples)
+            else:
+                batch.ascend(params, None, value, samples)
             yield batch.returns
 
     def _advantages(self, batch: Trajectories) -> Tensor:
@@ -506,8 +513,10 @@ def _check(chain: Chain, data: Tensor, adversary: Adversary, method: ShortcutFin
     if isinstance(adversary.critic, KernelCritic):
         if method.regulariser is not None:
             raise ValueError(f"regulariser must be None for KernelCritic, got {method.regulariser!r}")
-        if method.batches == "buffer":
-            raise ValueError("batches must not be 'buffer' for KernelCritic: the samples would be its witness's own")
+        if method.batches in ("buffer", "pairs"):
+            raise ValueError(
+                f"batches must not be {method.batches!r} for KernelCritic: the samples would be its witness's own"
+            )
         if samples * method.critic_steps < 2:
             raise ValueError(f"samples must be >= 2 for KernelCritic with one critic step, got {samples}")
         return

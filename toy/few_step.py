@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,16 +140,16 @@ class StepConditionedChain:
             shrink, weight = 1 / math.sqrt(1 - beta), beta / math.sqrt(1 - level)
         return shrink * (x - weight * self.epsilon(params, x, t))
 
-    def means(self, params: Params, x: Tensor) -> Tensor:
-        """Return the means of x_{t-1} given x_t = x[t - 1] for t = 1..T, (T, n, 2) both."""
+    def means(self, params: Params, x: Tensor, steps: Tensor) -> Tensor:
+        """Return the means of x_{t-1} given x_t = x[i], t = steps[i] (k,), (k, n, 2) both."""
         self.check(params)
         h = x
-        for layer, scale in enumerate(params["scale"].unbind(1), 1):
+        for layer, scale in enumerate(params["scale"][steps - 1].unbind(1), 1):
             inner = torch.nn.functional.linear(h, params[f"w{layer}"].T, params[f"b{layer}"])
             h = torch.nn.functional.softplus(scale[:, None] * inner)
         epsilon = torch.nn.functional.linear(h, params["w4"].T, params["b4"])
-        shrink, weight = (1 - self.beta).rsqrt().to(x), (self.beta * (1 - self.alpha_bar).rsqrt()).to(x)
-        return shrink[:, None, None] * (x - weight[:, None, None] * epsilon)
+        beta, level = self.beta[steps - 1][:, None, None], self.alpha_bar[steps - 1][:, None, None]
+        return (1 - beta).rsqrt().to(x) * (x - (beta * (1 - level).rsqrt()).to(x) * epsilon)
 
     def _scales(self, scale: Tensor, t: int | Tensor) -> tuple[Tensor, ...]:
         """Return each hidden layer's scale, to be multiplied with (..., n, width)."""
@@ -207,7 +208,7 @@ def pretrain(
         for seed, params in zip(
             missing, fit(chain, points, streams, updates, batch, rate, width, progress), strict=True
         ):
-            _save(params, files[seed])
+            save(params, files[seed])
     return chain, [load(chain, files[seed]) for seed in seeds]
 
 
@@ -311,10 +312,10 @@ def _file(cache: Path, recipe: list[str | int | float]) -> Path:
     return cache / f"few-step-{recipe[0]}-{recipe[1]}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]}.pt"
 
 
-def _save(params: Params, file: Path) -> None:
+def save(content: dict[str, Any], file: Path) -> None:
     """Write atomically: another worker may train the same model at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
-    torch.save(params, temporary)
+    torch.save(content, temporary)
     os.replace(temporary, file)

@@ -380,6 +380,7 @@ ARMS = {
     "SFT-PG (B)": ShortcutFineTuning("policy", "baseline", critic_steps=3),
     "SFT-PG (B, printed)": ShortcutFineTuning("policy", "conditional baseline", critic_steps=2),
     "SFT-PG (B), clipped": ShortcutFineTuning("policy", "baseline", 3, generator_steps=3, batches="clipped"),
+    "SFT-PG (B), pairs": ShortcutFineTuning("policy", "baseline", 3, generator_steps=2, batches="pairs"),
     "SFT-PG (B), algorithm 1": ShortcutFineTuning("policy", "baseline", 3, generator_steps=2, batches="buffer"),
     "MMD, pathwise": ShortcutFineTuning("pathwise", None, critic_steps=2),
     "MMD, policy": ShortcutFineTuning("policy", None, critic_steps=2),

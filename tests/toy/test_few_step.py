@@ -80,9 +80,10 @@ def test_states_at_different_steps_in_one_call_are_as_one_by_one() -> None:
 
 def test_means_of_all_steps_in_one_call_are_as_step_by_step() -> None:
     x = torch.stack([(1 + 0.1 * t) * states() for t in range(5)])
-    together = CHAIN.means(weights(), x)
-    for t in range(1, 6):
-        torch.testing.assert_close(together[t - 1], CHAIN.mean(weights(), x[t - 1], t), rtol=1e-5, atol=1e-6)
+    for steps in (torch.arange(1, 6), torch.tensor([2, 2, 5, 1, 3])):
+        together = CHAIN.means(weights(), x, steps)
+        for i, t in enumerate(steps.tolist()):
+            torch.testing.assert_close(together[i], CHAIN.mean(weights(), x[i], t), rtol=1e-5, atol=1e-6)
 
 
 class StepByStep:
@@ -105,7 +106,7 @@ def test_surrogates_ascend_all_steps_at_once_as_step_by_step(micro_batch: int | 
     for chain in (CHAIN, StepByStep(CHAIN)):
         batch = Trajectories.of(chain, drawn, objective, noise, None, division)
 
-        def ratio(row: int | slice, part: slice | torch.Tensor, log_prob: torch.Tensor, cost: None) -> torch.Tensor:
+        def ratio(row, part, log_prob, cost):
             return clipped(1e-3 * (log_prob - batch.log_probs[row, part]), advantages[row, part], 0.2)  # noqa: B023
 
         for value in (Scored(advantages), ratio):
@@ -113,11 +114,29 @@ def test_surrogates_ascend_all_steps_at_once_as_step_by_step(micro_batch: int | 
                 params = {name: p.clone() for name, p in moved.items()}
                 batch.ascend(params, samples, value, 8)
                 gradients.append(params)
-    for at_once, one_by_one in zip(gradients[:4], gradients[4:], strict=True):
+            params = {name: p.clone() for name, p in moved.items()}
+            batch.ascend_pairs(params, torch.tensor([4, 0, 0, 2, 1, 3, 4, 0]), value, 8)
+            gradients.append(params)
+    for at_once, one_by_one in zip(gradients[:6], gradients[6:], strict=True):
         for name in moved:
             torch.testing.assert_close(at_once[name].grad, one_by_one[name].grad, rtol=1e-7, atol=1e-12)
             assert float(one_by_one[name].grad.norm()) > 1e-6
     assert not torch.allclose(gradients[0]["w2"].grad, gradients[1]["w2"].grad, rtol=1e-2)
+
+
+@pytest.mark.parametrize("chain", [CHAIN, StepByStep(CHAIN)], ids=["at once", "step by step"])
+def test_pairs_over_all_steps_add_up_to_the_whole_ascent(chain: StepConditionedChain) -> None:
+    noise = policy_gradient(5).draw(CHAIN, weights(), 6, torch.Generator().manual_seed(3))
+    batch = Trajectories.of(chain, weights(), Objective(Quadratic()), noise, None)
+    value = Scored(torch.randn(5, 6, generator=torch.Generator().manual_seed(4)))
+    whole, pairs = weights("b"), weights("b")
+    batch.ascend(whole, None, value, 6)
+    for row in range(5):  # the gradients of the pairs are added up
+        batch.ascend_pairs(pairs, torch.full((6,), row), value, 6)
+    for name in whole:
+        torch.testing.assert_close(
+            pairs[name].grad, whole[name].grad, rtol=1e-4, atol=1e-4 * float(whole[name].grad.norm())
+        )
 
 
 @dataclass(frozen=True)
