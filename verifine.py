@@ -369,7 +369,7 @@ def _launch(options: argparse.Namespace) -> int:
             progress.update(bar, completed=done)
 
         def on_update(update: int, updates: int, reward: float) -> None:
-            progress.update(bar, completed=update, description=f"training, reward {reward:.4g}")
+            progress.update(bar, completed=update, description=f"training, return {reward:.4g}")
 
         def on_evaluation(done: int, total: int) -> None:
             progress.update(judged, completed=done, total=total, visible=True)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from algorithms.chain import Condition, Noise, Params, Redrawn, at_step, for_reward, step_log_prob
 from algorithms.estimators import Estimator
 from algorithms.objective import Objective
-from scale.config import Config
+from scale.config import Config, learns_from_data
 from scale.config import Method as Choice
 from scale.memory import LiveBytes, meta_copy, predict
 from scale.methods import METHODS, make_estimator
@@ -31,6 +31,10 @@ from scale.task import Task, build
 
 Cut = Callable[[Tensor, int], Tensor]
 """cut(network output of step t, t) -> the output that the graph continues from; the same numbers."""
+
+
+REWARDED = {"sft": "first-order", "sft-pg": "policy-gradient"}
+"""The estimators that shortcut fine-tuning follows, with its critic for a reward."""
 
 
 def in_double(task: Task) -> Task:
@@ -220,6 +224,12 @@ def measure(
     Args:
         samples: of each estimator, in batches of `batch` (an even number).
     """
+    if learns_from_data(task.config):
+        name = task.config.method.name
+        raise ValueError(
+            f"method.name must be a method that learns from the reward for an audit or plan, got {name}, whose critic "
+            f"changes; its gradient with the settings' reward for a critic is that of method={{name: {REWARDED[name]}}}"
+        )
     found: list[tuple[Choice, Estimator, Tensor, float, int, int]] = []
     for choice in choices:
         pilot = task.generator("audit", "pilot", choice.name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scale.config import Config
+from scale.config import Config, learns_from_data
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,13 @@ def submit(
 
     Raises:
         ValueError: if submitit is not installed, there is no Slurm here, or the folder holds another run, or one and
-            `resume` is not asked for.
+            `resume` is not asked for; if several processes are asked for and the method runs in one only.
     """
+    used = 0 if config.device == "cpu" else gpus
+    if used > 1 and learns_from_data(config):
+        raise ValueError(
+            f"gpus must be 1 for method.name = {config.method.name}, which runs in one process, got {gpus}"
+        )
     try:
         import submitit
     except ImportError:
@@ -69,7 +74,6 @@ def submit(
         made = submitit.AutoExecutor(folder=logs, cluster=executor)
     except RuntimeError as fault:
         raise ValueError(f"executor {executor!r} is not to be had here: {fault}") from None
-    used = 0 if config.device == "cpu" else gpus
     made.update_parameters(timeout_min=60 * hours, name="verifine", tasks_per_node=max(used, 1), gpus_per_node=used)
     if executor == "slurm":
         made.update_parameters(slurm_signal_delay_s=120)

@@ -215,6 +215,17 @@ class PromptSets(Strict):
     conditional: bool = Field(default=True, description="false: the network is not told the prompt, only the reward is")
 
 
+class Data(Strict):
+    """What sft and sft-pg learn from; the other methods have no use for it."""
+
+    folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of class sub-folders of PNG and JPEG files, cut to the model's square; the critic does not "
+        "see the classes. null: for digits, the images that their model was trained on",
+    )
+
+
 class Reward(Strict):
     """What is maximised."""
 
@@ -375,7 +386,10 @@ class Config(Strict):
     lora: LoRA | None = Field(default=LoRA(), description="the low-rank matrices that are trained; null: all weights")
     sampler: Sampler = Field(default=Sampler(), description="the chain, from noise to sample")
     prompts: PromptSets = Field(default=PromptSets(), description="what samples are conditioned on")
-    reward: Reward = Field(default_factory=Reward, description="what is maximised")
+    data: Data = Field(default=Data(), description="what sft and sft-pg learn from, instead of the reward")
+    reward: Reward = Field(
+        default_factory=Reward, description="what is maximised; for sft and sft-pg only shown and evaluated"
+    )
     method: Method = Field(default_factory=Method, description="how the gradient is estimated")
     kl: float = Field(
         default=0.0, ge=0, description="strength of the path KL divergence to the base model, taken off the reward"
@@ -399,6 +413,7 @@ class Config(Strict):
         _check_method(self.method, "method", self.training.batch, self)
         for i, method in enumerate(self.audit.estimators):
             _check_method(method, f"audit.estimators.{i}", self.audit.measured_batch, self)
+        _check_data(self)
         _check_audited(self.audit.estimators)
         _check_audit_steps(self)
         return self
@@ -475,6 +490,27 @@ def _check_method(method: Method, key: str, batch: int, config: Config) -> None:
     _check_noise(scored_steps(method.name, method.options, steps), f"{key}.name = {method.name}", config.sampler)
 
 
+def _check_data(config: Config) -> None:
+    name, folder = config.method.name, config.data.folder
+    if not learns_from_data(config):
+        if folder is not None:
+            raise broken("data.folder", folder, f"must be null where method.name = {name} learns from the reward")
+        return
+    if folder is None and config.model.kind != "digits":
+        rule = f"must be a folder of images where method.name = {name}, which learns from data, and model.kind is "
+        raise broken("data.folder", None, rule + config.model.kind)
+    if config.sampler.last_step == "frozen":
+        rule = f"must be keep or a number where method.name = {name}: its critic compares the chain's end with data"
+        raise broken("sampler.last_step", "frozen", rule)
+
+
+def learns_from_data(config: Config) -> bool:
+    """Return whether the method is shortcut fine-tuning, which learns from `data` and not from the reward."""
+    from scale.methods import METHODS
+
+    return METHODS[config.method.name].shortcut is not None
+
+
 def _check_noise(scored: Sequence[int], user: str, sampler: Sampler) -> None:
     """Refuse a sampler without noise at a step whose score is used."""
     if scored and sampler.scheduler == "ddim" and sampler.eta == 0:
@@ -492,6 +528,9 @@ def _check_audited(methods: Sequence[Method]) -> None:
     for i, method in enumerate(methods):
         if METHODS[method.name].loss:
             rule = "must be an estimator, whose mean can be held against finite differences, not a surrogate loss"
+            raise broken(f"audit.estimators.{i}.name", method.name, rule)
+        if METHODS[method.name].shortcut:
+            rule = "must be an estimator of a reward's gradient, not a method that learns from data"
             raise broken(f"audit.estimators.{i}.name", method.name, rule)
 
 
@@ -635,6 +674,7 @@ _RULES = {
     "less_than_equal": "must be <= {le}",
     "multiple_of": "must be a multiple of {multiple_of}",
     "tuple_type": "must be a list",
+    "list_type": "must be a list",
     "too_short": "must be a list of at least {min_length}",
     "too_long": "must be a list of {max_length}",
     "missing": "must be given",
@@ -769,6 +809,8 @@ def digest(config: Config) -> str:
     """
     data = config.model_dump()
     data["prompts"]["train"] = read_prompts(config.prompts.train)
+    if config.data.folder is None:  # so that a run that learns from no folder is known by what it always was
+        del data["data"]
     for key in NOT_IN_DIGEST:
         section, _, name = key.rpartition(".")
         del (data[section] if section else data)[name]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from algorithms.chain import Noise, Params, StepConditions, at_step, for_reward, rollout
 from algorithms.objective import KLToReference
 from scale.checkpoints import write_atomically
-from scale.config import digest
+from scale.config import digest, learns_from_data
 from scale.grids import before_after, save_grid
 from scale.lora import load
 from scale.metrics import (
@@ -35,6 +35,7 @@ from scale.metrics import (
     frechet_floor,
     mean_interval,
     named,
+    one_more,
     per_prompt,
 )
 from scale.task import Task
@@ -43,6 +44,8 @@ from verdicts.streams import Stream
 JSON, PNG = "evaluation.json", "evaluation.png"
 POOLED = 4
 """Side of the image that `pooled` reduces to."""
+FLOORS = 20
+"""Draws from what was learned from, for the floor of a distance to what was held out."""
 ROWS = 12
 """Prompts that the summary shows; the file has them all."""
 
@@ -69,7 +72,7 @@ class Frechet:
         dimension: of the features.
         base, tuned: the distances; None where there are too few samples, and the base's where it is the reference.
         floor: what as many draws of the reference itself score: a distance within it is no worse than a perfect
-            sampler's.
+            sampler's. Where the reference is held out of what was learned from, draws of what was learned from.
     """
 
     features: str
@@ -178,6 +181,7 @@ def evaluate(
     extractor, features = _extractor(settings.features, shape, cache or folder / "cache")
     reference, name = _reference(task, shape, prompts)
     rows = None if reference is None else extract(extractor, reference)
+    own = _learned_from(task, prompts)
 
     parts: list[tuple[Samples, Samples]] = []
     for first in range(0, settings.samples, settings.batch):
@@ -194,7 +198,11 @@ def evaluate(
             on_progress(numbers.stop, settings.samples)
     before, after = (Samples.join(side) for side in zip(*parts, strict=True))
 
-    frechet, too_few = _frechet(before.features, after.features, rows, features, name, task.stream)
+    sides = (before.features, after.features)
+    if own is None or rows is None:
+        frechet, too_few = _frechet(*sides, rows, features, name, task.stream)
+    else:
+        frechet, too_few = _frechet_beside(*sides, rows, extract(extractor, own), features, name, task.stream)
     found = _compare(task, prompts, before, after, frechet, too_few, update)
     shown = len(before.images)
     rewards = before.reward[:shown].tolist(), after.reward[:shown].tolist()
@@ -231,14 +239,15 @@ def pooled(images: Tensor) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(images, POOLED).flatten(1)
 
 
-def digits_like(asked: Sequence[int]) -> Tensor:
+def digits_like(asked: Sequence[int], part: Literal["train", "test"] | None = None) -> Tensor:
     """Return real digits (n, 1, 8, 8) in which the digits have the shares that they have in `asked`.
 
-    They are of scikit-learn's whole set, four fifths of which the digits' model was trained on; as many as there are.
+    They are as many as there are of one part of `digit_split`, or of scikit-learn's whole set, four fifths of which
+    the digits' model was trained on.
     """
-    from scale.digits import digit_images
+    from scale.digits import digit_images, digit_split
 
-    images, labels = digit_images()
+    images, labels = digit_images() if part is None else digit_split(part)
     places = {digit: (labels == digit).nonzero().flatten() for digit in sorted(set(asked))}
     counts = Counter(asked)
     # In whole numbers, so that the scarcest digit is used up to its last image.
@@ -299,22 +308,38 @@ def _extractor(name: str, shape: tuple[int, int, int], cache: Path) -> tuple[Ext
 
 def _reference(task: Task, shape: tuple[int, int, int], prompts: Tensor) -> tuple[Tensor | None, str]:
     """Return real images to compare with, and what to call them."""
-    folder = task.config.evaluation.reference
+    learned = task.config.data.folder
+    folder = task.config.evaluation.reference or learned
+    key = "evaluation.reference" if task.config.evaluation.reference else "data.folder"
     channels, height, width = shape
     if folder is not None:
         from scale.digits import image_folder
 
         if height != width:
-            raise ValueError(f"evaluation.reference must be null for images that are not square, {height} x {width}")
+            raise ValueError(f"{key} must be null for images that are not square, {height} x {width}")
         try:
             return image_folder(Path(folder), height, channels)[0], folder
         except ValueError as fault:
-            raise ValueError(f"evaluation.reference: {fault}") from None
+            raise ValueError(f"{key}: {fault}") from None
     if task.config.model.kind != "digits":
         return None, "base model"
-    told = task.config.prompts.conditional
-    asked = [int(task.prompts.texts[i]) for i in prompts.tolist()] if told else list(range(10))
-    return digits_like(asked), "real digits"
+    if learns_from_data(task.config):
+        return digits_like(_asked(task, prompts), "test"), "held-out digits"
+    return digits_like(_asked(task, prompts)), "real digits"
+
+
+def _asked(task: Task, prompts: Tensor) -> list[int]:
+    """Return the digits that these prompts (n,) ask for; each once, where the network is told none."""
+    if not task.config.prompts.conditional:
+        return list(range(10))
+    return [int(task.prompts.texts[i]) for i in prompts.tolist()]
+
+
+def _learned_from(task: Task, prompts: Tensor) -> Tensor | None:
+    """Return what a model learned from that is evaluated on other images of the same source, for the floor."""
+    config = task.config
+    own = config.model.kind == "digits" and config.data.folder is None and config.evaluation.reference is None
+    return digits_like(_asked(task, prompts), "train") if own and learns_from_data(config) else None
 
 
 @torch.no_grad()
@@ -379,6 +404,27 @@ def _frechet(
     return Frechet(features, name, dimension, n, against, of_base, of_tuned, floor), []
 
 
+def _frechet_beside(
+    base: Array, tuned: Array, reference: Array, own: Array, features: str, name: str, root: Stream
+) -> tuple[Frechet, list[str]]:
+    """Return the distances to the whole of a reference that neither model has seen.
+
+    A perfect sampler has the law that the model learned from, so the floor is that of as many draws from `own`, with
+    replacement. Its repeats share the reference, as base and tuned do.
+    """
+    n, dimension, against = len(tuned), tuned.shape[1], len(reference)
+    if min(n, against) <= dimension:
+        need = f"more than {dimension} samples and reference images"
+        note = f"no Frechet distance: {features} has {dimension} features, which needs {need}, got {n} and {against}"
+        return Frechet(features, name, dimension, n, against, None, None, None), [note]
+    scores = []
+    for i in range(FLOORS):
+        order = root.child("evaluation", "frechet", i).generator().integers(len(own), size=n)
+        scores.append(frechet_distance(own[order], reference))
+    of_base, of_tuned = frechet_distance(base, reference), frechet_distance(tuned, reference)
+    return Frechet(features, name, dimension, n, against, of_base, of_tuned, one_more(scores)), []
+
+
 def _compare(
     task: Task,
     prompts: Tensor,
@@ -434,6 +480,8 @@ def _notes(task: Task, samples: int, held_out: bool, kl_steps: int, left_out: in
         notes.append("no KL: no step has noise, hence none a density")
     if samples < 3:
         notes.append(f"no diversity: it needs 3 samples, got {samples}")
+    if task.config.data.folder is not None and task.config.evaluation.reference is None:
+        notes.append("the Frechet distances are to the images that were learned from; none were held out")
     return notes
 
 

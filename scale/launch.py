@@ -21,20 +21,24 @@ from torch import Tensor
 from algorithms.chain import Params, for_reward, of_samples, rollout
 from algorithms.division import Division
 from algorithms.estimators import policy_gradient, with_redrawn_noise
+from algorithms.shortcut import ShortcutResult
 from algorithms.training import FineTuned, FromEstimator, Method, Settings, Trainer
 from scale import checkpoints
 from scale.checkpoints import write_atomically
-from scale.config import Config, differences, digest, load_config, print_config
+from scale.config import Config, differences, digest, learns_from_data, load_config, print_config
 from scale.evaluation import Evaluation, evaluate
 from scale.grids import grid
 from scale.logs import open_log
 from scale.lora import save_lora
 from scale.methods import make_method
 from scale.processes import Processes
+from scale.shortcut import ShortcutRun
 from scale.task import Task, build, pick_device
 
 OnUpdate = Callable[[int, int, float], None]
-"""Called as on_update(update, updates, mean reward of its roll-outs) after each update."""
+"""Called as on_update(update, updates, mean return of its roll-outs) after each update; with `data`, the critic's."""
+
+Run = Trainer | ShortcutRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +81,13 @@ def launch(
     Raises:
         ValueError: if the folder holds another run, or one and `resume` is not asked for; if a checkpoint is not good.
         OSError: if something cannot be written; the last good checkpoint is kept.
-        FloatingPointError: if a gradient is not finite.
+        FloatingPointError: if a gradient is not finite, the critic's included.
     """
     asked = pick_device(config.device)
     processes = Processes.here(cpu=asked.type == "cpu")
     try:
+        if processes.world > 1 and learns_from_data(config):
+            raise ValueError(f"method.name = {config.method.name} runs in one process, got {processes.world}")
         again = check_folder(config, folder, resume or start is not None)
         if not processes.main:
             processes.wait()  # until the first has made what is made once: the cached models
@@ -111,7 +117,7 @@ def _train(
     on_start: Callable[[Task, int], None],
     on_update: OnUpdate,
     processes: Processes,
-) -> Trainer:
+) -> Run:
     trainer = _trainer(task, processes.division(config.training.micro_batch))
     if again or start is not None:
         _restore(trainer, folder, start, digest(config))
@@ -124,17 +130,17 @@ def _train(
         stop = False
         while trainer.done < config.training.updates and not stop:
             trainer.run(1)
-            update, params = trainer.done, trainer.result().params
+            update, params, scalars = trainer.done, trainer.result().params, _scalars(trainer)
             stop = processes.any(bool(asked))
             last = stop or update == config.training.updates
             if processes.main:
                 # The line before the checkpoint: a kill between the two costs nothing.
-                log.write(update, _scalars(trainer), _grids(task, params, update))
+                log.write(update, scalars, _grids(task, params, update))
                 if last or update % config.training.checkpoint_every == 0:
                     checkpoints.save(
                         folder / "checkpoints", update, trainer.state_dict(), digest(config), config.training.keep
                     )
-            on_update(update, config.training.updates, trainer.history.mean_return[-1])
+            on_update(update, config.training.updates, scalars.get("reward/mean", scalars.get("return/mean", 0.0)))
     return trainer
 
 
@@ -149,11 +155,12 @@ def load_run(folder: Path, cache: Path, overrides: tuple[str, ...] = ()) -> tupl
     config = load_config(folder / "config.yaml", overrides)
     update, state = checkpoints.load(folder / "checkpoints", digest(config))
     task = build(config, cache)
+    state = state["generator"] if learns_from_data(config) else state
     params = state["params"] if state["ema"] is None else state["ema"]
     return task, {name: p.to(task.device) for name, p in params.items()}, update
 
 
-def chosen(tuned: FineTuned) -> Params:
+def chosen(tuned: FineTuned | ShortcutResult) -> Params:
     """Return what a run is judged by: the moving average where one is kept, else the parameters."""
     return tuned.params if tuned.ema is None else tuned.ema
 
@@ -202,7 +209,7 @@ def check_folder(config: Config, folder: Path, resume: bool) -> bool:
     return True
 
 
-def _trainer(task: Task, division: Division) -> Trainer:
+def _trainer(task: Task, division: Division) -> Run:
     config, training = task.config, task.config.training
     settings = Settings(
         updates=training.updates,
@@ -213,6 +220,8 @@ def _trainer(task: Task, division: Division) -> Trainer:
         clip=training.clip,
         ema=training.ema,
     )
+    if learns_from_data(config):
+        return ShortcutRun(task, settings, division.micro_batch)
     pilot, condition = task.generator("pilot"), task.condition(4096)
     method: Method
     method, _ = make_method(config.method, task.chain, task.params, task.objective, pilot, condition, division)
@@ -229,14 +238,16 @@ def _trainer(task: Task, division: Division) -> Trainer:
     )
 
 
-def _restore(trainer: Trainer, folder: Path, start: Path | None, expected: str) -> None:
+def _restore(trainer: Run, folder: Path, start: Path | None, expected: str) -> None:
     held = folder / "checkpoints"
     if start is None and (not held.is_dir() or checkpoints.latest(held) is None):
         return  # killed before its first checkpoint
     trainer.load_state_dict(checkpoints.load(start or held, expected).state)
 
 
-def _scalars(trainer: Trainer) -> dict[str, float]:
+def _scalars(trainer: Run) -> dict[str, float]:
+    if isinstance(trainer, ShortcutRun):
+        return trainer.scalars()
     history = trainer.history
     return {
         "reward/mean": history.mean_return[-1],

@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -23,6 +23,7 @@ from algorithms.division import Division
 from algorithms.estimators import Estimator
 from algorithms.losses import DPOK, PPO, DraftLV
 from algorithms.objective import Objective
+from algorithms.shortcut import ShortcutFineTuning
 from algorithms.stratified import fitted_truncation
 from algorithms.telescoped import FOLDS, band, telescoped
 from algorithms.training import FromEstimator, Method
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 LARGEST_LAW = 20_000_000
 """Numbers in a law of credit matrices, 160 MB."""
+
+LEARNS_FROM_DATA = "learns from data, against a critic of its own"
 
 
 @dataclass(frozen=True)
@@ -183,14 +186,72 @@ class VADER(Options):
     skipped: int = Field(default=15, ge=0, description="first steps left out in mode specific")
 
 
+class SFT(Options):
+    regulariser: Literal["gradient-penalty", "baseline", "conditional-baseline", "spectral"] = Field(
+        default="gradient-penalty",
+        description="what limits the critic: its gradient's norm (eq. 23); the baseline's error against it, as "
+        "released, or as printed in eq. 22, which limits none; or weights of spectral norm one",
+    )
+    strength: float | None = Field(
+        default=None,
+        ge=0,
+        description="of the regulariser; null: 0.1 for the gradient penalty, and 1 / T for the baseline's squared "
+        "errors, whose sum over the steps it multiplies, as in the released code",
+    )
+    critic_steps: int = Field(default=5, ge=1, description="steps of the critic in an update, a batch for each")
+    generator_steps: int = Field(
+        default=1, ge=1, description="steps of the sampler in an update, against the same critic"
+    )
+    critic_learning_rate: float = Field(default=1e-4, gt=0, description="of the critic's and the baseline's Adam")
+    critic: Literal["conv", "mlp"] = Field(
+        default="conv", description="convolutions that halve the image, or a perceptron on all of its numbers"
+    )
+    critic_widths: list[Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="channels after each halving, or widths of the perceptron; null: 32, 64, 128 as far as the image "
+        "can be halved, or 128, 128. The paper's: 256, 512, 1024",
+    )
+    value_widths: list[Annotated[int, Field(ge=1)]] | None = Field(
+        default=[128, 128],
+        min_length=1,
+        description="of the baseline network, a perceptron with gains for every step, trained where it is used; null: "
+        "no network, and the other samples' mean return is the baseline. The paper's: 1024, 1024, 256",
+    )
+
+    def check(self, steps: int, batch: int) -> None:
+        if self.value_widths is None and self.regulariser in ("baseline", "conditional-baseline"):
+            raise ValueError(f"value_widths must be given for the regulariser {self.regulariser}, got null")
+
+
+class SFTPG(SFT):
+    regulariser: Literal["gradient-penalty", "baseline", "conditional-baseline", "spectral"] = Field(
+        default="baseline", description=SFT.model_fields["regulariser"].description
+    )
+    batches: Literal["fresh", "clipped", "buffer", "pairs"] = Field(
+        default="fresh",
+        description="what the sampler's steps see: new roll-outs each, unbiased; one new batch with clipped ratios, "
+        "as in PPO; as in algorithm 1, the roll-outs that the critic was trained on; or, as released, single steps of these",
+    )
+    ratio_clip: float = Field(
+        default=0.2, gt=0, lt=1, description="largest change of a step's density that is rewarded, for clipped batches"
+    )
+
+    def check(self, steps: int, batch: int) -> None:
+        super().check(steps, batch)
+        if self.value_widths is None and batch < 2:
+            raise ValueError(f"value_widths must be given where the batch is {batch}, got null")
+
+
 Make = Callable[[Any, int, Baseline], Estimator]
 Fit = Callable[[Any, Pilot, Baseline], Estimator]
 Loss = Callable[[Any, Baseline, dict[str, Any]], Method]
+Shortcut = Callable[[Any, int], ShortcutFineTuning]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method of the table; exactly one of `make`, `fit` and `loss` is there.
+    """A method of the table; exactly one of `make`, `fit`, `loss` and `shortcut` is there.
 
     Attributes:
         options: its options, with types, defaults, ranges and what they mean.
@@ -202,6 +263,7 @@ class Entry:
         make: (options, steps, baseline) -> estimator.
         fit: (options, pilot, baseline) -> estimator, from pilot roll-outs.
         loss: (options, baseline, the division by name or nothing) -> method, where it is no estimator.
+        shortcut: (options, steps) -> method, where it learns from data by a critic (`scale.shortcut`).
         every_score: whether it uses the score of every step; what `make` gives says so itself.
     """
 
@@ -213,6 +275,7 @@ class Entry:
     make: Make | None = None
     fit: Fit | None = None
     loss: Loss | None = None
+    shortcut: Shortcut | None = None
     every_score: bool = False
 
 
@@ -270,6 +333,21 @@ def _tho(o: THO, pilot: Pilot, baseline: Baseline) -> Estimator:
         pilot=o.pilot,
         batch=o.batch,
         condition=_first(pilot.condition, o.batch),
+    )
+
+
+def _shortcut(o: SFT, steps: int) -> ShortcutFineTuning:
+    regulariser: Any = o.regulariser.replace("-", " ")
+    chosen = o.strength if o.strength is not None else 0.1 if o.regulariser == "gradient-penalty" else 1 / steps
+    own: dict[str, Any] = {"batches": o.batches, "ratio_clip": o.ratio_clip} if isinstance(o, SFTPG) else {}
+    return ShortcutFineTuning(
+        "policy" if isinstance(o, SFTPG) else "pathwise",
+        regulariser,
+        o.critic_steps,
+        o.generator_steps,
+        chosen,
+        critic_learning_rate=o.critic_learning_rate,
+        **own,
     )
 
 
@@ -396,6 +474,23 @@ METHODS: dict[str, Entry] = {
         baseline=False,
         make=lambda o, steps, b: truncations.vader(steps, o.mode, o.skipped),
     ),
+    "sft": Entry(
+        SFT,
+        "SFT, Fan and Lee 2023, arXiv:2301.13362, eq. 15: from data, through the critic's gradient",
+        differentiable=False,
+        unbiased=False,
+        baseline=False,
+        shortcut=_shortcut,
+    ),
+    "sft-pg": Entry(
+        SFTPG,
+        "SFT-PG, Fan and Lee 2023, arXiv:2301.13362, algorithm 1: from data, by the policy gradient",
+        differentiable=False,
+        unbiased=False,
+        baseline=False,
+        shortcut=_shortcut,
+        every_score=True,
+    ),
 }
 
 
@@ -495,7 +590,8 @@ def make_estimator(
     if entry.make is not None:
         return entry.make(options, chain.steps, baseline)
     if entry.fit is None:
-        raise ValueError(f"name must be that of an estimator, {choice.name} is a surrogate loss")
+        kind = "is a surrogate loss" if entry.shortcut is None else LEARNS_FROM_DATA
+        raise ValueError(f"name must be that of an estimator, {choice.name} {kind}")
     fixed = {name: p.detach() for name, p in params.items()}
     return entry.fit(options, Pilot(chain, fixed, objective, generator, condition), baseline)
 
@@ -521,6 +617,8 @@ def make_method(
     given: dict[str, Any] = {} if division is None else {"division": division}
     if entry.loss is not None:
         return entry.loss(options, make_baseline(choice.baseline), given), None
+    if entry.shortcut is not None:
+        raise ValueError(f"name must be that of a method that learns from a reward, {choice.name} {LEARNS_FROM_DATA}")
     estimator = make_estimator(choice, chain, params, objective, generator, condition)
     return FromEstimator(estimator, **given), estimator
 

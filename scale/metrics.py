@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -123,6 +124,18 @@ def frechet_floor(
     for i in range(repeats):
         order = stream.child("frechet-floor", i).generator().permutation(len(rows))
         scores.append(frechet_distance(rows[order[:n]], rows[order[n : n + other]], shrinkage))
+    return one_more(scores)
+
+
+def one_more(scores: Sequence[float]) -> Interval:
+    """Return the mean of scores >= 0, and Student's 95 % interval for one more of them.
+
+    Raises:
+        ValueError: if there are fewer than two.
+    """
+    repeats = len(scores)
+    if repeats < 2:
+        raise ValueError(f"scores must be at least two, got {repeats}")
     mean = float(np.mean(scores))
     width = float(student.ppf(0.975, repeats - 1) * np.std(scores, ddof=1) * math.sqrt(1 + 1 / repeats))
     return Interval(mean, max(mean - width, 0.0), mean + width)

@@ -22,7 +22,9 @@ from scale.methods import METHODS, find, make_baseline, make_estimator, make_met
 
 STEPS = 20
 LOSSES = {"ddpo": PPO, "dpok": DPOK, "draft-lv": DraftLV}
-ESTIMATORS = [name for name in METHODS if name not in LOSSES]
+FROM_DATA = {"sft", "sft-pg"}  # held against their algorithm in test_sft.py
+FROM_REWARD = [name for name in METHODS if name not in FROM_DATA]
+ESTIMATORS = [name for name in FROM_REWARD if name not in LOSSES]
 # Written down apart from the table, from docs/credit-matrix.md and the papers.
 UNBIASED = {"first-order", "srt", "half-order", "policy-gradient", "zeroth-order", "rlr", "tho"}
 NEEDS_GRADIENT = {
@@ -90,7 +92,7 @@ def estimator(name, baseline="none", chain=None, objective=OBJECTIVE, **options)
     return make_estimator(choice(name, baseline, **options), chain or MLP(), parameters(), objective, generator())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FROM_REWARD)
 def test_every_name_makes_a_method_that_gives_a_gradient(name):
     params = {key: p.requires_grad_() for key, p in parameters().items()}
     method, made = make_method(choice(name), MLP(), params, OBJECTIVE, generator())
@@ -127,7 +129,7 @@ def test_a_planted_bias_is_seen_in_the_row_sums():
     assert np.abs(doubled.credit.row_sums() - 1).max() == 1
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FROM_REWARD)
 def test_a_reward_without_gradient_is_refused_exactly_where_one_is_needed(name):
     assert METHODS[name].differentiable == (name in NEEDS_GRADIENT)
     black_box = Objective(Sine(differentiable=False))
@@ -142,9 +144,18 @@ def test_a_reward_without_gradient_is_refused_exactly_where_one_is_needed(name):
 def test_the_table_is_complete(name):
     entry = METHODS[name]
     assert entry.published
-    assert sum(f is not None for f in (entry.make, entry.fit, entry.loss)) == 1
+    assert sum(f is not None for f in (entry.make, entry.fit, entry.loss, entry.shortcut)) == 1
     assert all(field.description for field in entry.options.model_fields.values())
     assert set(choice(name).options) == set(dotted_keys(entry.options))
+
+
+@pytest.mark.parametrize("name", sorted(FROM_DATA))
+def test_what_learns_from_data_is_no_method_of_a_reward(name):
+    assert METHODS[name].shortcut is not None
+    assert not METHODS[name].unbiased
+    for make in (make_method, make_estimator):
+        with pytest.raises(ValueError, match=f"{name} learns from data"):
+            make(choice(name), *_rest())
 
 
 def test_options_reach_the_algorithm():
@@ -189,7 +200,7 @@ def _rest():
     return MLP(), parameters(), OBJECTIVE, generator()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FROM_REWARD)
 def test_a_division_is_handed_over(name):
     division = Division(micro_batch=2)
     assert make_method(choice(name), *_rest(), division=division)[0].division is division
@@ -209,7 +220,7 @@ def test_an_unknown_baseline_is_refused():
 
 
 def test_a_pilot_is_drawn_from_the_generator_alone_and_only_where_it_is_needed():
-    for name in METHODS:
+    for name in FROM_REWARD:
         g = generator(5)
         before = g.get_state()
         torch.manual_seed(1)
@@ -262,7 +273,7 @@ def test_a_pilot_sees_the_first_samples_of_the_condition_and_needs_enough(name):
             fitted(short)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FROM_REWARD)
 def test_scored_steps_are_those_whose_noise_must_not_vanish(name):
     """Take the noise off one step after another: exactly the steps of the list must be missed."""
     scored = set(scored_steps(name, {}, STEPS))
