@@ -26,6 +26,8 @@ from claims import (
     rlr_variances,
     sft,
     sft_baselines,
+    sft_experiments,
+    sft_fast,
     telescoped,
     training,
     variances,
@@ -58,6 +60,8 @@ CHAPTERS: tuple[Claim, ...] = (
     *pift_learned.CLAIMS,
     *sft.CLAIMS,
     *sft_baselines.CLAIMS,
+    *sft_experiments.CLAIMS,
+    *sft_fast.CLAIMS,
     *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))

@@ -138,7 +138,7 @@ def _renderer(canvas: Canvas) -> Any:
 def decimal_ticks(axis: Axis) -> bool:
     """Mark a logarithmic axis between powers of ten too, if these alone would leave one tick or none."""
     low, high = axis.get_view_interval()
-    if high >= 20 * low:
+    if high >= 40 * low:
         return False
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 4 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 2)))

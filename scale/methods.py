@@ -231,7 +231,8 @@ class SFTPG(SFT):
     batches: Literal["fresh", "clipped", "buffer", "pairs"] = Field(
         default="fresh",
         description="what the sampler's steps see: new roll-outs each, unbiased; one new batch with clipped ratios, "
-        "as in PPO; as in algorithm 1, the roll-outs that the critic was trained on; or, as released, single steps of these",
+        "as in PPO; as in algorithm 1, the roll-outs that the critic was trained on; or, as released, single steps of "
+        "these",
     )
     ratio_clip: float = Field(
         default=0.2, gt=0, lt=1, description="largest change of a step's density that is rewarded, for clipped batches"
