@@ -11,7 +11,7 @@ import numpy as np
 from algorithms.chain import Params
 from claims.claim import Check, Claim, Context
 from claims.records import Column, Figure, Panel, Series, Table
-from claims.sft_baselines import CHAPTER, PAPER
+from claims.sft_baselines import CHAPTER
 from claims.training import Wins, shared
 from toy.distances import Array, Distance, Floor, Name, floor, measure, sliced_wasserstein2
 from toy.few_step import DATA, StepConditionedChain, pretrain, training_set
@@ -176,8 +176,9 @@ def nearer(swapped: bool = False) -> Pairs:
 FINE_TUNING = Claim(
     id="sft-pg.fine-tuning",
     chapter=CHAPTER,
-    paper=PAPER,
-    source="SFT-PG, section 6.2.1 and Table 1",
+    paper="verifine",
+    about="own",
+    source="the question of SFT-PG, section 6.2.1 and Table 1",
     title="Ten steps fine-tuned by SFT-PG (B) are as near to the data as their training points are, and nearer than a hundred unchanged steps",
     statement="On the swiss roll, SFT-PG (B) takes this run's sampler of ten steps to where 10 000 of its samples are, in sliced Wasserstein-2, no farther from 10 000 fresh points of the data "
     f"than the largest of {REPETITIONS} clouds drawn again from its own 10 000 training points, in more than half of all draws; and nearer than the unchanged samplers of ten and of a hundred steps.",
