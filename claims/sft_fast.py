@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,24 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms import estimators
-from algorithms.chain import Params, rollout
+from algorithms.chain import Params
 from claims.claim import Check, Claim, Context
 from claims.records import Column, Figure, Panel, Series, Table
+from claims.sft_baselines import CHAPTER
 from claims.training import Wins, shared
 from theory.schedules import NoiseSchedule
-from toy import distances, few_step
-from toy.experiments import generator
+from toy import distances
+from toy.experiments import draw
 from toy.fast_sampling import FastChain, analytic_dpm, ddim, ddpm, subsequence
-from toy.few_step import StepConditionedChain, swiss_roll, training_set
+from toy.few_step import StepConditionedChain, pretrain, swiss_roll
 from verdicts.streams import Stream
 
-CHAPTER = "SFT-PG"
 OWN = "verifine"
 
 STEPS, UPDATES = 100, 16_000
 CLEAN, NOISY = 5e4, 2e-4  # signal-to-noise ratio of the first step and of the last
-POINTS, CHUNK = 2000, 1000  # of a cloud that is judged, and of one pass through the network: larger ones are slower
+POINTS = 2000  # of a cloud that is judged
 DRAWS = 48  # three losses still decide "more than half" at a share of 2e-9
 PILOT = 4096  # data points that Analytic-DPM's variances are estimated on
 DIRECTIONS = 30
@@ -69,12 +66,8 @@ def schedule() -> NoiseSchedule:
 def model(context: Context) -> Model:
     """The swiss-roll sampler of 100 steps that this root seed trains, and its stream; float32."""
     stream = Stream(context.stream.seed).child("toy", "fast")
-    chain = StepConditionedChain.of(schedule())
-    recipe = ["swiss_roll", STEPS, CLEAN, NOISY, UPDATES, stream.integer()]
-    file = context.cache / f"fast-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]}.pt"
-    if not file.exists():
-        few_step.save(few_step.fit(chain, training_set("swiss_roll", stream)[None], [stream], UPDATES)[0], file)
-    return Network(chain), few_step.load(chain, file), stream
+    chain, (params,) = pretrain("swiss_roll", STEPS, [0], stream, context.cache, UPDATES, noise=schedule())
+    return Network(chain), params, stream
 
 
 def analytic(found: Model, times: Sequence[int]) -> FastChain:
@@ -123,13 +116,7 @@ def cloud(arm: Arm, context: Context, repetition: int, points: int = POINTS) -> 
     own = model(context)[2].child("clouds", arm[0], *arm[1], repetition)
     if arm[0].startswith("data"):
         return swiss_roll(10 if arm == FEW else points, own.generator())
-    chain = chain_of(arm, context)
-    params = model(context)[1]
-    draw, chunks = estimators.policy_gradient(chain.steps).draw, []
-    for begin in range(0, points, CHUNK):
-        noise = draw(chain, params, min(CHUNK, points - begin), generator(own, begin))
-        chunks.append(rollout(chain, params, noise).latents[0].double().numpy())
-    return np.concatenate(chunks)
+    return draw(chain_of(arm, context), model(context)[1], points, own)
 
 
 @cache
@@ -230,7 +217,7 @@ def _curves_figure(context: Context) -> Figure:
         caption=f"Sliced W2 of {POINTS} samples to as many fresh points, mean of {repetitions} draws (posterior: variance β̃); the band holds 80 % of the distances of two fresh clouds of data. "
         f"At 5 steps Analytic-DPM is at {at[kept(ANALYTIC, 5)]:.3f} and DDPM with variance β at {at[kept(BETA, 5)]:.3f}; at 10 Analytic-DPM is at {at[kept(ANALYTIC, 10)]:.3f} and DDIM at {at[kept(DDIM, 10)]:.3f}; the floor is {floor.mean():.3f}. "
         "At 2 steps it is the other way round, and at 3 the order changed from network to network in pilots.",
-        alt="Four falling curves against the number of steps: from four to ten Analytic-DPM is lowest and the posterior variance highest; at fifty all come close to the band of the data; at two Analytic-DPM is highest.",
+        alt="Four falling curves against the number of steps: from four to ten Analytic-DPM is lowest and the posterior variance highest; at twenty all but it come close to the band of the data; at two Analytic-DPM is highest.",
         kind="plot",
         x_label="steps",
         y_label="sliced W2 to the data",

@@ -136,7 +136,7 @@ def _renderer(canvas: Canvas) -> Any:
 
 
 def decimal_ticks(axis: Axis) -> bool:
-    """Mark a logarithmic axis between powers of ten too, if these alone would leave one tick or none."""
+    """Mark a logarithmic axis between powers of ten too, if these alone would leave few ticks."""
     low, high = axis.get_view_interval()
     if high >= 40 * low:
         return False

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from algorithms.chain import Chain, Noise, Params, rollout
-from algorithms.estimators import Estimator
+from algorithms.division import Division
+from algorithms.estimators import Estimator, policy_gradient
 from algorithms.objective import Objective
 from verdicts.streams import Stream
 
 Block = Callable[[int], np.ndarray]
 Sampler = Callable[[Stream], Block]
+
+PIECE = 512  # samples that are drawn together
 
 
 def generator(stream: Stream, block: int) -> torch.Generator:
@@ -38,6 +41,14 @@ def batches(
         return noise
     drawn = [estimator.credit.draw(group, source) for _ in range(size // group)]
     return replace(noise, outcome=torch.cat(drawn))
+
+
+def draw(chain: Chain, params: Params, n: int, stream: Stream) -> np.ndarray:
+    """Return n samples x_0 (n, *shape) of a chain, float64."""
+    noise = policy_gradient(chain.steps).draw(chain, params, n, torch.Generator().manual_seed(stream.integer()))
+    # In pieces whose hidden layers fit into the processor's cache.
+    parts = [rollout(chain, params, noise.of(piece)).latents[0] for piece in Division(PIECE).pieces(n)]
+    return torch.cat(parts).double().numpy()
 
 
 def gradients(

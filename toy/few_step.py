@@ -142,14 +142,7 @@ class StepConditionedChain:
 
     def means(self, params: Params, x: Tensor, steps: Tensor) -> Tensor:
         """Return the means of x_{t-1} given x_t = x[i], t = steps[i] (k,), (k, n, 2) both."""
-        self.check(params)
-        h = x
-        for layer, scale in enumerate(params["scale"][steps - 1].unbind(1), 1):
-            inner = torch.nn.functional.linear(h, params[f"w{layer}"].T, params[f"b{layer}"])
-            h = torch.nn.functional.softplus(scale[:, None] * inner)
-        epsilon = torch.nn.functional.linear(h, params["w4"].T, params["b4"])
-        beta, level = self.beta[steps - 1][:, None, None], self.alpha_bar[steps - 1][:, None, None]
-        return (1 - beta).rsqrt().to(x) * (x - (beta * (1 - level).rsqrt()).to(x) * epsilon)
+        return self.mean(params, x.flatten(0, 1), steps.repeat_interleave(x.shape[1])).unflatten(0, x.shape[:2])
 
     def _scales(self, scale: Tensor, t: int | Tensor) -> tuple[Tensor, ...]:
         """Return each hidden layer's scale, to be multiplied with (..., n, width)."""
@@ -178,6 +171,7 @@ def pretrain(
     rate: float = 1e-2,
     width: int = 128,
     progress: Progress | None = None,
+    noise: NoiseSchedule | None = None,
 ) -> tuple[StepConditionedChain, list[Params]]:
     """Train one sampler for each seed by denoising score matching, or load those that were trained before.
 
@@ -186,20 +180,27 @@ def pretrain(
     are does not change a seed's result, bit for bit on one thread if the width is a multiple of 16, and up to float32
     rounding for other widths.
 
+    Args:
+        noise: the schedule, of `steps` steps; None for the released one.
+
     Returns:
         The chain, and one set of parameters for each seed, in the order of `seeds`.
 
     Raises:
-        ValueError: if `data` is unknown, a size is below 1 or a cached file belongs to another number of steps.
+        ValueError: if `data` is unknown, a size is below 1, or `noise` or a cached file has another number of steps.
     """
     for name, value in {"updates": updates, "batch": batch, "width": width}.items():
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    chain = StepConditionedChain.of(schedule(steps))
+    chain = StepConditionedChain.of(schedule(steps) if noise is None else noise)
+    if chain.steps != steps:
+        raise ValueError(f"noise must be of steps = {steps} steps, got {chain.steps}")
     if data not in DATA:
         raise ValueError(f"data must be one of {sorted(DATA)}, got {data!r}")
+    own = [] if noise is None else chain.beta.tolist()
     files = {
-        seed: _file(cache, [data, steps, stream.child(seed).integer(), updates, batch, rate, width]) for seed in seeds
+        seed: _file(cache, [data, steps, stream.child(seed).integer(), updates, batch, rate, width, *own])
+        for seed in seeds
     }
     missing = [seed for seed, file in files.items() if not file.exists()]
     if missing:

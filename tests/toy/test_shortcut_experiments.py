@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from toy import shortcut_experiments
+from toy import experiments
+from toy.experiments import draw
 from toy.few_step import StepConditionedChain, pretrain, schedule
-from toy.shortcut_experiments import ABLATION, ARMS, PUBLISHED, Arm, Plan, draw, fine_tune, policy, sliced
+from toy.shortcut_experiments import ABLATION, ARMS, PUBLISHED, Arm, Plan, fine_tune, policy, sliced
 from verdicts.streams import Stream
 
 STREAM = Stream(6).child("tests", "shortcut-experiments")
@@ -67,7 +68,7 @@ def test_the_printed_settings() -> None:
 def test_samples_do_not_depend_on_the_pieces(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain, (params,) = pretrain("swiss_roll", 10, [0], STREAM, cache, updates=64)
     whole = draw(chain, params, 100, STREAM)
-    monkeypatch.setattr(shortcut_experiments, "PIECE", 7)
+    monkeypatch.setattr(experiments, "PIECE", 7)
     np.testing.assert_allclose(draw(chain, params, 100, STREAM), whole, atol=1e-5)
 
 
