@@ -11,7 +11,7 @@ written g_t, and the gradient of the objective is their sum over t. Batches have
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -206,25 +206,44 @@ class Rollout:
         return cls(torch.cat([p.latents for p in parts], 1), torch.cat([p.costs for p in parts], 1))
 
 
+StepCost = Callable[[Tensor, Tensor, int], Tensor | None]
+"""cost(mean, x_t, t): the running cost of a step, (n,), or None."""
+
+
 def rollout(
     chain: Chain,
     params: Params,
     noise: Noise,
     condition: Condition = None,
     perturbation: Perturbation | None = None,
-    cost: Callable[[Tensor, Tensor, int], Tensor | None] = lambda mean, x, t: None,
+    cost: StepCost = lambda mean, x, t: None,
 ) -> Rollout:
     """Run the chain without a graph, keeping the latents and the running costs `cost(mean, x_t, t)` only."""
     x = chain.initial(noise.initial)
-    latents, costs = [x], []
+    latents, costs = advance(chain, params, x, noise, range(chain.steps, 0, -1), condition, perturbation, cost)
+    return Rollout(torch.stack([x, *latents][::-1]), torch.stack(costs[::-1]))
+
+
+def advance(
+    chain: Chain,
+    params: Params,
+    x: Tensor,
+    noise: Noise,
+    steps: Iterable[int],
+    condition: Condition = None,
+    perturbation: Perturbation | None = None,
+    cost: StepCost = lambda mean, x, t: None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Take steps t, t - 1, ... from x = x_t without a graph; return the latents x_{t-1}, ... and the steps' costs."""
+    latents, costs = [], []
     with torch.no_grad():
-        for t in range(chain.steps, 0, -1):
+        for t in steps:
             mean = step_mean(chain, params, x, t, condition, perturbation)
             charged = cost(mean, x, t)
             costs.append(x.new_zeros(len(x)) if charged is None else charged)
             x = mean + chain.std(t) * noise.steps[t - 1]
             latents.append(x)
-    return Rollout(torch.stack(latents[::-1]), torch.stack(costs[::-1]))
+    return latents, costs
 
 
 @dataclass(frozen=True)

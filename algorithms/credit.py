@@ -81,6 +81,11 @@ class Credit:
     def uses_parameter_noise(self) -> bool:
         return bool((self.matrices[:, :, -1] != 0).any())
 
+    @property
+    def by_reward_alone(self) -> bool:
+        """Whether the reward's gradient, column 0, is the only source: no noise has a score in the estimate."""
+        return self.columns == [0] and not self.uses_parameter_noise
+
     def last_row(self, column: int) -> int:
         """Return the largest step t that `column` pays for, in any outcome: its costate lives up to there."""
         return int(np.flatnonzero((self.matrices[:, :, column] != 0).any(0)).max()) + 1

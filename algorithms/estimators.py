@@ -16,7 +16,7 @@ from torch import Tensor
 
 from algorithms import credit as credits
 from algorithms.baselines import Baseline, Constant
-from algorithms.chain import Chain, Condition, Noise, ParameterNoise, Params, Redrawn, UnitNoise, of_samples
+from algorithms.chain import Chain, Condition, Noise, ParameterNoise, Params, Redrawn, Rollout, UnitNoise, of_samples
 from algorithms.credit import Credit
 from algorithms.division import WHOLE, Division
 from algorithms.objective import Objective
@@ -96,16 +96,17 @@ class Estimator:
         noise: Noise,
         condition: Condition = None,
         division: Division = WHOLE,
+        roll: Rollout | None = None,
     ) -> Tensor:
         """Add the batch mean of the estimates to the parameters' `.grad` (the direction of ascent).
 
         `noise` and `condition` are the whole batch's; where `division` shares it with other processes, only this one's
-        share of the mean is added. Returns the returns of all roll-outs of the share, those of antithetic copies after
-        the others'.
+        share of the mean is added. `roll` is the share's roll-outs, if other parameters made them (see `sweep`).
+        Returns the returns of all roll-outs of the share, those of antithetic copies after the others'.
         """
         own = division.own(noise.samples)
         readout = Accumulate(params, noise.samples)
-        arguments = (chain, params, objective, noise.of(own), of_samples(condition, own), readout, division)
+        arguments = (chain, params, objective, noise.of(own), of_samples(condition, own), readout, division, roll)
         returns = self._run(*arguments)
         for name, p in params.items():
             grad = readout.total[name] / len(returns)
@@ -121,6 +122,7 @@ class Estimator:
         condition: Condition,
         readout: Readout,
         division: Division = WHOLE,
+        roll: Rollout | None = None,
     ) -> list[Tensor]:
         """Sweep over the noise and its antithetic copies; return the returns of each."""
         fixed = {name: p.detach() for name, p in params.items()}
@@ -129,7 +131,7 @@ class Estimator:
             copies += [copy.flip(flip) for copy in copies]
         std = 0.0 if self.parameter_noise is None else self.parameter_noise.std
         return [
-            sweep(chain, fixed, objective, self.credit, self.baseline, std, copy, condition, readout, division)
+            sweep(chain, fixed, objective, self.credit, self.baseline, std, copy, condition, readout, division, roll)
             for copy in copies
         ]
 

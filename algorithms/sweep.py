@@ -207,22 +207,30 @@ def sweep(
     condition: Condition,
     readout: Readout,
     division: Division = WHOLE,
+    roll: Rollout | None = None,
 ) -> Tensor:
     """Feed the gradient of every step to `readout`; return the samples' returns (n,).
 
     All arguments are those of this process's share of the batch; `division` says how it goes through it, and how it
     learns what the baseline takes from the others'.
 
+    Args:
+        roll: roll-outs of the same noise that other parameters made, whose latents the steps are revisited at. Their
+            noise has no score at these parameters, so the matrix may use column 0 only.
+
     Raises:
-        ValueError: if the matrix and the chain disagree on T, if a credited noise column has std = 0, or if column 0
-            is used with a reward that is not differentiable.
+        ValueError: if the matrix and the chain disagree on T, if a credited noise column has std = 0, if column 0
+            is used with a reward that is not differentiable, or another one with a given roll-out.
     """
     _check(chain, objective, credit)
+    if roll is not None and not credit.by_reward_alone:
+        raise ValueError("the credit matrix must use column 0 alone for roll-outs that other parameters made")
     perturbation = _perturbation(credit, parameter_std, noise)
     baseline = division.baseline(baseline)
     pieces = division.pieces(noise.samples)
 
-    roll = Rollout.join([_roll(chain, params, objective, noise, condition, perturbation, part) for part in pieces])
+    if roll is None:
+        roll = Rollout.join([_roll(chain, params, objective, noise, condition, perturbation, part) for part in pieces])
     rewarded = [_reward(objective, credit, roll.latents[0, p], for_reward(of_samples(condition, p))) for p in pieces]
     reward = torch.cat([value for value, _ in rewarded])
     costates = {k: torch.cat([held[k] for _, held in rewarded]) for k in rewarded[0][1]}

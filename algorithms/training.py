@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class Method(Protocol):
         parameters in place before it asks for the next item.
         """
         ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A method that carries something from one update to the next, which a saved run must hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -245,6 +254,8 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "history": asdict(self.history),
         }
+        if isinstance(self._method, Remembering):
+            state["method"] = self._method.state_dict()
         return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -268,6 +279,8 @@ class Trainer:
             if self._ema is not None:
                 for name, average in self._ema.items():
                     average.copy_(state["ema"][name])
+        if isinstance(self._method, Remembering):
+            self._method.load_state_dict(copy.deepcopy(state["method"]))
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.history = History(**copy.deepcopy(state["history"]))
 
