@@ -68,9 +68,9 @@ class MLPCritic:
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         h = x.flatten(1)
         for i in range(len(self.hidden)):
-            h = torch.relu(linear(h, params[f"weight{i}"], params[f"bias{i}"]))
+            h = torch.relu_(linear(h, params[f"weight{i}"], params[f"bias{i}"]))
         last = len(self.hidden)
-        return linear(h, params[f"weight{last}"], params[f"bias{last}"])[:, 0]
+        return linear(h, params[f"weight{last}"], params[f"bias{last}"]).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ class MLPValue:
             weight, bias = params[f"weight{i}"], params[f"bias{i}"]
             gain = params[f"gain{i}"][steps - 1][:, None]  # (k, 1, width)
             if h.shape[2] < h.shape[1]:  # each step has fewer weights than hidden numbers: scale the weights
-                h = torch.relu(torch.baddbmm(gain * bias, h, gain * weight.T))
+                h = torch.relu_(torch.baddbmm(gain * bias, h, gain * weight.T))
             else:
-                h = torch.relu(gain * linear(h, weight, bias))
-        return linear(h, params[f"weight{last}"], params[f"bias{last}"])[..., 0]
+                h = torch.relu_(gain * linear(h, weight, bias))
+        return linear(h, params[f"weight{last}"], params[f"bias{last}"]).squeeze(2)
 
 
 @dataclass(frozen=True)

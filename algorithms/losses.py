@@ -175,7 +175,9 @@ class Trajectories:
     ) -> None:
         """Add the gradient of states x, x_next (k, m, *shape), block i at step `steps[i]`, by one call."""
         assert isinstance(self.chain, AnyStep)
-        stds, leaves = x.new_tensor([positive_std(self.chain, t) for t in steps.tolist()])[:, None], _leaves(params)
+        asked, leaves = steps.tolist(), _leaves(params)
+        known = {t: positive_std(self.chain, t) for t in sorted(set(asked))}
+        stds = x.new_tensor([known[t] for t in asked])[:, None]
         with torch.enable_grad():
             gap = (x_next - self.chain.means(leaves, x, steps)).flatten(2)
             each = value(row, part, -0.5 * (gap.square().sum(2) / stds.square()), None)

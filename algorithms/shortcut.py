@@ -259,11 +259,10 @@ class _Rounds:
         self._initial, self._division, self._data = adversary, division, data.detach()
         kernel = isinstance(adversary.critic, KernelCritic)
         self._witness = _copies(adversary.params) if kernel else {}
-        self._critic = {} if kernel else {k: p.requires_grad_() for k, p in _copies(adversary.params).items()}
-        self._value = {k: p.requires_grad_() for k, p in _copies(adversary.value_params).items()}
-        leaves, betas = [*self._critic.values(), *self._value.values()], method.critic_betas
+        self._vector, (self._critic, self._value) = _packed({} if kernel else adversary.params, adversary.value_params)
+        rate, betas = method.critic_learning_rate, method.critic_betas
         self._optimizer = (
-            torch.optim.Adam(leaves, lr=method.critic_learning_rate, betas=betas, fused=True) if leaves else None
+            torch.optim.Adam([self._vector], lr=rate, betas=betas, fused=True) if len(self._vector) else None
         )
 
     def adversary(self) -> Adversary:
@@ -368,18 +367,24 @@ class _Rounds:
             unused = torch.zeros_like(roll.costs)  # densities at drawing: there are no importance ratios
             told = of_samples(condition, picks)
             batch = Trajectories(chain, objective, told, roll, rewards, unused, self._division)
-            value = Scored(self._advantages(batch))
             if pairs:
-                batch.ascend_pairs(params, rows, Scored(chain.steps * value.advantages), samples)
+                batch.ascend_pairs(params, rows, Scored(chain.steps * self._advantages(batch, rows)), samples)
             else:
-                batch.ascend(params, None, value, samples)
+                batch.ascend(params, None, Scored(self._advantages(batch)), samples)
             yield batch.returns
 
-    def _advantages(self, batch: Trajectories) -> Tensor:
-        """Return (T, n): what remains of the return after step t, less the baseline."""
-        if self._initial.value is not None:
-            with torch.no_grad():
-                return batch.returns_after + self._values(batch.roll.latents)  # the baseline of -f is -V
+    def _advantages(self, batch: Trajectories, rows: Tensor | None = None) -> Tensor:
+        """Return (T, n): what remains of the return after step t, less the baseline.
+
+        With rows (n,), sample i's number is right in row rows[i] alone: the baseline is then asked n times, not T n.
+        """
+        network = self._initial.value
+        if network is not None:
+            with torch.no_grad():  # the baseline of -f is -V
+                if rows is None:
+                    return batch.returns_after + self._values(batch.roll.latents)
+                x = batch.roll.latents[rows + 1, torch.arange(len(rows), device=rows.device)]
+                return batch.returns_after + network(self._value, x[:, None], rows + 1)[:, 0]
         others = LeaveOneOut()
         states = enumerate(zip(batch.returns_after, batch.roll.latents[1:], strict=True), 1)
         return torch.stack([row - others(row, x, t) for t, (row, x) in states])
@@ -446,11 +451,12 @@ class _Rounds:
 
     def _descend(self, loss: Tensor) -> None:
         assert self._optimizer is not None
-        self._optimizer.zero_grad()
-        loss.backward()
-        grads = {k: p.grad for k, p in [*self._critic.items(), *self._value.items()] if p.grad is not None}
-        if not bool(torch.nn.utils.get_total_norm(grads.values()).isfinite()):
-            bad = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
+        leaves = [*self._critic.values(), *self._value.values()]
+        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        self._vector.grad = torch.cat([grad.flatten() for grad in grads])
+        if not bool(torch.linalg.vector_norm(self._vector.grad).isfinite()):
+            names = [*self._critic, *self._value]
+            bad = [name for name, grad in zip(names, grads, strict=True) if not bool(grad.isfinite().all())]
             where = ", ".join(bad) or "its norm"
             raise FloatingPointError(f"the gradient of the critic or the baseline is not finite, in {where}")
         self._optimizer.step()
@@ -522,9 +528,24 @@ def _check(chain: Chain, data: Tensor, adversary: Adversary, method: ShortcutFin
         return
     if method.regulariser is None:
         raise ValueError("regulariser must be given for a trained critic, got None")
+    kinds = {(p.dtype, p.device) for p in [*adversary.params.values(), *adversary.value_params.values()]}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"params of critic and value must be of one dtype and device, got {found}")
     like = next(iter(adversary.params.values()))
     with torch.no_grad():
         evaluate(adversary.critic, adversary.params, data[:2].to(like))
+
+
+def _packed(*networks: Params) -> tuple[Tensor, list[Params]]:
+    """Copy parameters into one vector, and return it and leaves that are its parts.
+
+    Adam moves the vector: going over the leaves of a small network costs it more than the arithmetic.
+    """
+    every = [p.detach() for params in networks for p in params.values()]
+    vector = torch.cat([p.flatten() for p in every]) if every else torch.empty(0)
+    parts = iter(vector.split([p.numel() for p in every]))
+    return vector, [{k: next(parts).view(p.shape).requires_grad_() for k, p in params.items()} for params in networks]
 
 
 def _copies(params: Params) -> Params:

@@ -523,6 +523,10 @@ BAD = [
     (lambda: build(adversary=networks(Affine(shape=(3,)))), "critic must be of the data's dimension 2, got 3"),
     (lambda: build(method=ARMS["SFT (GP)"], adversary=Adversary(Column(), linear([1.0, 1.0]))), r"got \(2, 1\)"),
     (lambda: build(adversary=Adversary(LinearCritic(), linear([1.0, 1.0]))), "value must be a network"),
+    (
+        lambda: build(adversary=replace(networks(Affine()), value_params=MLPValue(2, 2).initial(torch.Generator()))),
+        "params of critic and value must be of one dtype and device, got torch.float32 on cpu, torch.float64 on cpu",
+    ),
     (lambda: build(method=ARMS["MMD, policy"]), "regulariser must be given for a trained critic"),
     (lambda: build(adversary=Adversary(KernelCritic(1.0)), method=ARMS["SFT-PG (GP)"]), "regulariser must be None"),
     (
