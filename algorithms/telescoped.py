@@ -100,37 +100,49 @@ def fitted_weights(grams: np.ndarray, support: np.ndarray) -> np.ndarray:
 
 
 def least_squares_weights(gram: np.ndarray, support: np.ndarray, ridge: float = 0.0) -> np.ndarray:
-    """Return the credit matrix (T, T + 2) of least second moment with unit rows.
+    """Return the credit matrix (..., T, T + 2) of least second moment with unit rows.
 
     With `ridge`, ridge * sum_i gram[i, i] (w_i - a_i)^2 is added, where a gives all of each row's weight to its last
     source in `support` (the step's own noise, where that is there): the policy gradient at ridge = infinity.
 
     Args:
-        gram: (S, S), E<h_i, h_j> over the S sources of `support` in row order.
+        gram: (..., S, S), E<h_i, h_j> over the S sources of `support` in row order; one credit matrix for each.
         support: (T, T + 1) bool.
 
     Raises:
         ValueError: if shapes disagree or a row has no source.
     """
     steps, index = len(support), np.argwhere(support)
-    if gram.shape != (len(index), len(index)):
-        raise ValueError(f"gram must be {len(index)} x {len(index)} for this support, got {gram.shape}")
+    sources = len(index)
+    if gram.shape[-2:] != (sources, sources):
+        raise ValueError(f"gram must be {sources} x {sources} for this support, got {gram.shape}")
     if not support.any(1).all():
         raise ValueError(f"support gives row t = {int(np.argmin(support.any(1))) + 1} no source")
     rows = (index[:, 0] == np.arange(steps)[:, None]).astype(float)
     anchor = np.append(index[1:, 0] != index[:-1, 0], True).astype(float)
-    weights = np.zeros((steps, steps + 2))
+    weights = np.zeros((*gram.shape[:-2], steps, steps + 2))
     if np.isinf(ridge):
-        weights[index[:, 0], index[:, 1]] = anchor
+        weights[..., index[:, 0], index[:, 1]] = anchor
         return weights
-    penalty = ridge * np.diag(gram)
-    # The gradient of the Lagrangian, and the rows' sums. Sources may be dependent, so a least-norm solution is taken.
-    scale = max(float(np.trace(gram)) / len(gram), np.finfo(float).tiny)
-    system = np.block([[(gram + np.diag(penalty)) / scale, rows.T], [rows, np.zeros((steps, steps))]])
-    wanted = np.concatenate([penalty * anchor / scale, np.ones(steps)])
-    solution = np.linalg.lstsq(system, wanted, rcond=1e-12)[0]
-    weights[index[:, 0], index[:, 1]] = solution[: len(index)]
-    return weights / weights.sum(1, keepdims=True)
+    diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
+    scale = np.maximum(diagonal.sum(-1, keepdims=True) / sources, np.finfo(float).tiny)
+    penalty = ridge * diagonal / scale
+    # The gradient of the Lagrangian, and the rows' sums.
+    system = np.zeros((*gram.shape[:-2], sources + steps, sources + steps))
+    system[..., :sources, :sources] = gram / scale[..., None] + penalty[..., None] * np.eye(sources)
+    system[..., :sources, sources:] = rows.T
+    system[..., sources:, :sources] = rows
+    wanted = np.concatenate([penalty * anchor, np.ones((*gram.shape[:-2], steps))], -1)
+    weights[..., index[:, 0], index[:, 1]] = _least_norm(system, wanted)[..., :sources]
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _least_norm(system: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the solutions (..., n) of least norm of systems (..., n, n): sources may be dependent."""
+    left, values, right = np.linalg.svd(system)
+    kept = values > 1e-12 * values[..., :1]
+    parts = np.divide(np.einsum("...ij,...i->...j", left, wanted), values, out=np.zeros_like(values), where=kept)
+    return np.einsum("...ji,...j->...i", right, parts)
 
 
 def pathwise_then_scores(steps: int, length: int) -> Credit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -18,7 +19,7 @@ from claims.records import Column, Figure, Panel, Series, Table
 from theory import isotropic, stratified
 from theory import telescoped as exact
 from toy.comparison import Problem, swiss_roll
-from toy.experiments import Block, Sampler
+from toy.experiments import Block
 from toy.frontier import Measured, estimator, frontier, network_calls, squares
 from verdicts.means import MeanResult
 from verdicts.streams import Stream
@@ -261,6 +262,27 @@ def _named(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
     return tuple(f"{reward}: {worse} ≥ {factor:g} × {better}" for reward, worse, better, factor in pairs)
 
 
+@dataclass(frozen=True)
+class SquaredNorms:
+    """Network calls of an estimator, a pilot's mean of |g|^2, and independent blocks of |g|^2, (512,) each."""
+
+    calls: float
+    pilot: float
+    block: Block
+
+
+@cache
+def _squared_norms(reward: str, name: str, root: Context) -> SquaredNorms:
+    """Draw each block once: a statement and its planted errors differ in a factor alone, so they judge the same draws."""
+    made_of = root.stream.child("toy", "frontier")
+    problem = task(reward, 10, root)
+    made = estimator(problem, name, made_of)
+    sampler = squares(problem, made, 512)
+    block = sampler(made_of.child("draws", reward, name))
+    pilot = sampler(made_of.child("cut", reward, name))(0)
+    return SquaredNorms(network_calls(made), float(pilot.mean()), cache(lambda index: block(index)[:, 0]))
+
+
 class WorkAbove:
     """Mean of calls x min(|g|^2, M) of one estimator less factor x calls x |g|^2 of another is above zero.
 
@@ -275,21 +297,14 @@ class WorkAbove:
         self.pairs, self.cut, self.kurtosis = pairs, cut, kurtosis
 
     def __call__(self, subject: float, context: Context) -> MeanResult:
-        made_of = Stream(context.stream.seed).child("toy", "frontier")
-        parts: dict[tuple[str, str], Sampler] = {}
-        scales: dict[tuple[str, str], tuple[float, float]] = {}
-        for reward, name in {(r, n) for r, worse, better, _ in self.pairs for n in (worse, better)}:
-            problem = task(reward, 10, context)
-            made = estimator(problem, name, made_of)
-            parts[reward, name] = squares(problem, made, 512)
-            pilot = parts[reward, name](made_of.child("cut", reward, name))(0)
-            scales[reward, name] = network_calls(made), self.cut * float(pilot.mean())
+        root = replace(context, stream=Stream(context.stream.seed), alpha=0.0)
+        keys = {(reward, name) for reward, worse, better, _ in self.pairs for name in (worse, better)}
+        made = {key: _squared_norms(*key, root) for key in keys}
+        scales = {key: (found.calls, self.cut * found.pilot) for key, found in made.items()}
 
         def joined(stream: Stream) -> Block:
-            blocks = {key: sampler(stream.child(*key)) for key, sampler in parts.items()}
-
             def block(index: int) -> np.ndarray:
-                drawn = {key: each(index)[:, 0] for key, each in blocks.items()}
+                drawn = {key: found.block(index) for key, found in made.items()}
                 columns = []
                 for reward, worse, better, factor in self.pairs:
                     (left, cut), (right, _) = scales[reward, worse], scales[reward, better]

@@ -114,8 +114,9 @@ def pilot_weighted(how: str, size: int = 1 << 13) -> Sampler:
         def block(index: int) -> np.ndarray:
             source = generator(stream, index)
             pilot, fresh = batches(source), batches(source)
-            grams = np.einsum("bnip,bnjp->bij", pilot, pilot) / PILOT
-            weights = np.stack([least_squares_weights(g, support, ridge=0.1)[rows] for g in grams])
+            rows_of = pilot.transpose(0, 2, 1, 3).reshape(len(pilot), len(rows[0]), -1)  # (batches, sources, 32 p)
+            grams = rows_of @ rows_of.transpose(0, 2, 1) / PILOT
+            weights = least_squares_weights(grams, support, ridge=0.1)[:, *rows]
             if how == "rows of 1.1":
                 weights = 1.1 * weights
             estimated = pilot if how == "the same batch" else fresh

@@ -15,7 +15,7 @@ from claims.judges import SampledAbove
 from claims.problems import RLR
 from claims.records import Column, Figure, Panel, Series, Table
 from toy import prompts
-from toy.comparison import ABLATION, BLACK_BOX, METHODS, Curve, Curves, Plan, run, swiss_roll, truncation
+from toy.comparison import ABLATION, BLACK_BOX, METHODS, Curve, Curves, Plan, runs, swiss_roll, truncation
 from toy.experiments import Block, generator
 from verdicts.means import MeanResult
 from verdicts.proportions import clopper_pearson
@@ -28,16 +28,22 @@ PLANS = {"smoke": Plan(calls=12_800, points=4), "standard": Plan(calls=25_600, p
 
 
 @cache
-def one_run(name: str, reward: str, context: Context, seed: int) -> Curve:
-    """One training run on the swiss-roll sampler: the same in every figure, table and check."""
-    root = Stream(context.stream.seed)
+def some_runs(name: str, reward: str, context: Context, first: int) -> list[Curve]:
+    """Some training runs on the swiss-roll sampler, those of the seeds from `first` on: the same everywhere.
+
+    A table's seeds are one batch. So the runs in it, equal to rounding however they are batched, do not depend on
+    what else this process measures.
+    """
+    root, last = Stream(context.stream.seed), min(first + FEW[context.profile.name], PAIRED)
     problem = swiss_roll(reward, root, context.cache)
-    return run(name, problem, PLANS[context.profile.name], root.child("toy", "comparison", reward), seed)
+    stream = root.child("toy", "comparison", reward)
+    return runs(name, problem, PLANS[context.profile.name], stream, range(first, last))
 
 
 def curves(name: str, reward: str, context: Context, seeds: int) -> Curves:
-    """The first `seeds` runs of one method."""
-    return Curves.of([one_run(name, reward, context, seed) for seed in range(seeds)])
+    """The first `seeds` runs of one method, a whole number of batches."""
+    starts = range(0, seeds, FEW[context.profile.name])
+    return Curves.of([run for first in starts for run in some_runs(name, reward, context, first)])
 
 
 def shared(context: Context) -> Context:

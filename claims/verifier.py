@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 from scipy.stats import norm
 
 from claims.claim import Check, Claim, Context
-from claims.judges import SampledMean
+from claims.judges import SampledMean, Sampler
 from verdicts import exact
 from verdicts.calibration import Law, heavy_tailed_laws, mean_check, operating_rate
 from verdicts.means import MeanResult, Plan, planned_half_width
@@ -125,12 +126,23 @@ FALSE_ALARM = Claim(
 )
 
 
+@cache
+def moments(sampler: Sampler, stream: Stream, rows: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Return the size of a pilot of at least so many rows, and its mean and standard deviation, (D,) each."""
+    block = sampler(stream)
+    drawn = [block(0)]
+    while sum(map(len, drawn)) < rows:
+        drawn.append(block(len(drawn)))
+    sample = np.concatenate(drawn)
+    return len(sample), sample.mean(0), sample.std(0)
+
+
 @dataclass(frozen=True)
 class PlannedPower:
     """Predicted probability that each statistical planted error of `claims` is refuted within the profile's budget.
 
     A pilot of `pilot` samples gives each error's size and spread; the size counts less four standard errors. The
-    subject scales the budget of samples.
+    subject scales the budget of samples; the pilots, which know nothing of the budget, are the same for every subject.
     """
 
     claims: tuple[Claim, ...]
@@ -152,16 +164,12 @@ class PlannedPower:
         powers = np.array([self._power(*error, budget) for error in self.errors()])
         return exact.ordering(powers, np.full(len(powers), 0.99), 0.0)
 
-    def _power(self, claim: str, name: str, judge: SampledMean, subject: Any, context: Context) -> float:
-        block = subject(context.stream.child("pilot", claim, name))
-        rows = [block(0)]
-        while sum(map(len, rows)) < self.pilot:
-            rows.append(block(len(rows)))
-        sample = np.concatenate(rows)
-        reference, deviation = np.ravel(judge.reference()), sample.std(0)
+    def _power(self, claim: str, name: str, judge: SampledMean, subject: Sampler, context: Context) -> float:
+        stream = Stream(context.stream.seed).child("verifier.power", "pilot", claim, name)
+        samples, mean, deviation = moments(subject, stream, self.pilot)
         plan = Plan(alpha=LEDGER_SCALE, kurtosis=judge.kurtosis, max_samples=context.profile.max_samples)
         width = planned_half_width(plan, deviation)
-        size = np.abs(sample.mean(0) - reference) - 4 * deviation / math.sqrt(len(sample))
+        size = np.abs(mean - np.ravel(judge.reference())) - 4 * deviation / math.sqrt(samples)
         spread = np.maximum(deviation / math.sqrt(plan.max_samples), np.finfo(float).tiny)
         return float(norm.cdf((size - width) / spread).max())
 

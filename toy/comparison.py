@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from algorithms import credit as credits
 from algorithms import estimators as named
 from algorithms import rlr
-from algorithms.baselines import LeaveOneOut
+from algorithms.baselines import Constant, LeaveOneOut
 from algorithms.chain import Chain, Condition, ParameterNoise, Params, for_reward, rollout
 from algorithms.credit import Credit
 from algorithms.estimators import Estimator, antithetic, with_baseline
@@ -37,6 +38,7 @@ from algorithms.training import FromEstimator, Method, Settings, Trainer
 from theory import schedules
 from toy.ddpm import train
 from toy.experiments import generator
+from toy.parallel import Parallel, SideBySide
 from toy.rewards import Bumps, Threshold
 from verdicts.streams import Stream
 
@@ -229,11 +231,26 @@ def follow(found: Contender, name: str, problem: Problem, plan: Plan, stream: St
     return Curve(calls, reward, np.array(updates))
 
 
+def runs(name: str, problem: Problem, plan: Plan, stream: Stream, seeds: Sequence[int]) -> list[Curve]:
+    """Do what `run` does for each seed, side by side where the method allows it: the same curves, to rounding.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    found = contender(name, problem, plan.batch)
+    if not side_by_side(found.method, problem):
+        return [run(name, problem, plan, stream, seed) for seed in seeds]  # each with a method of its own
+    calls = np.linspace(0, plan.calls, plan.points)
+    updates = [found.affordable(c) for c in calls]
+    rewards = _train_and_judge_all(found.method, problem, plan, updates, stream.child(name), seeds, stream)
+    return [Curve(calls, reward, np.array(updates)) for reward in rewards]
+
+
 def compare(
     names: Sequence[str], problem: Problem, plan: Plan, stream: Stream, seeds: Sequence[int]
 ) -> dict[str, Curves]:
     """Run several methods with several seeds."""
-    return {name: Curves.of([run(name, problem, plan, stream, seed) for seed in seeds]) for name in names}
+    return {name: Curves.of(runs(name, problem, plan, stream, seeds)) for name in names}
 
 
 def truncation(length: int, problem: Problem, plan: Plan, updates: int, stream: Stream, seeds: Sequence[int]) -> Curves:
@@ -241,11 +258,10 @@ def truncation(length: int, problem: Problem, plan: Plan, updates: int, stream: 
     estimator = named.truncated(problem.chain.steps, length)
     found = fixed_cost(estimator, plan.batch)
     marks = np.linspace(0, updates, plan.points).round().astype(int)
-    rewards = [
-        _train_and_judge(found.method, problem, plan, marks.tolist(), stream.child(estimator.name), seed, stream)
-        for seed in seeds
-    ]
-    return Curves(marks * found.calls, np.stack(rewards), marks)
+    rewards = _train_and_judge_all(
+        found.method, problem, plan, marks.tolist(), stream.child(estimator.name), seeds, stream
+    )
+    return Curves(marks * found.calls, rewards, marks)
 
 
 def wins(a: np.ndarray, b: np.ndarray) -> int:
@@ -281,6 +297,52 @@ def _train_and_judge(
         trainer.run(until - trainer.done)
         rewards.append(_judge(problem, trainer.result().params, plan, shared, seed, point))
     return np.array(rewards)
+
+
+def side_by_side(method: Method, problem: Problem) -> TypeGuard[FromEstimator]:
+    """Return whether a method can make many runs in one batch, each with its own parameters, noise and baseline.
+
+    All samples must then go the same way, without noise on the parameters and without conditions.
+    """
+    if not isinstance(method, FromEstimator) or problem.condition(1) is not None:
+        return False
+    made = method.estimator
+    same_way = len(made.credit.probabilities) == 1 and made.parameter_noise is None
+    return same_way and (made.baseline == LeaveOneOut() or isinstance(made.baseline, Constant))
+
+
+def _train_and_judge_all(
+    method: Method,
+    problem: Problem,
+    plan: Plan,
+    updates: Sequence[int],
+    own: Stream,
+    seeds: Sequence[int],
+    shared: Stream,
+) -> np.ndarray:
+    """Do what `_train_and_judge` does for every seed, (seeds, points), from the same draws.
+
+    These runs are small, and made one by one they spend their time between torch's operations.
+    """
+    if not side_by_side(method, problem):
+        return np.stack([_train_and_judge(method, problem, plan, updates, own, seed, shared) for seed in seeds])
+    chain = Parallel(problem.chain, len(seeds))
+    trainings = [own.child("training", seed) for seed in seeds]
+    trainer = Trainer(
+        chain,
+        chain.stacked(problem.params),
+        problem.objective,
+        SideBySide(method.estimator, lambda update: [generator(training, update) for training in trainings]),
+        Settings(max(1, updates[-1]), plan.batch * len(seeds), plan.learning_rate),
+        lambda update: generator(own, update),  # of no use: each run draws from its own
+    )
+    rewards = []
+    for point, until in enumerate(updates):
+        trainer.run(until - trainer.done)
+        now = trainer.result().params
+        each = [{name: p[i] for name, p in now.items()} for i in range(len(seeds))]
+        rewards.append([_judge(problem, p, plan, shared, s, point) for p, s in zip(each, seeds, strict=True)])
+    return np.array(rewards).T
 
 
 def _judge(problem: Problem, params: Params, plan: Plan, shared: Stream, seed: int, point: int) -> float:

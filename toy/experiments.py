@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from algorithms.baselines import Constant
 from algorithms.chain import Chain, Noise, Params, rollout
 from algorithms.division import Division
 from algorithms.estimators import Estimator, policy_gradient
@@ -19,6 +20,7 @@ Block = Callable[[int], np.ndarray]
 Sampler = Callable[[Stream], Block]
 
 PIECE = 512  # samples that are drawn together
+GRADIENTS = 1 << 21  # numbers of per-sample gradients that are made together
 
 
 def generator(stream: Stream, block: int) -> torch.Generator:
@@ -59,13 +61,20 @@ def gradients(
     With `group` > 1, consecutive samples are averaged: the unit of independence when a baseline, or the stratified
     drawing of outcomes, couples them.
     """
+    # Gradients of many parameters are made in pieces of whole groups that do not outgrow the processor's cache; where a
+    # baseline may look at all samples, in one.
+    piece = GRADIENTS // sum(p.numel() for p in params.values()) // group * group
+    pieces = Division(max(piece, group) if isinstance(estimator.baseline, Constant) else None).pieces(size)
+
+    def of(noise: Noise) -> Tensor:
+        each = estimator.per_sample(chain, params, objective, noise)
+        flat = torch.cat([each[name].flatten(1) for name in params], 1)
+        return flat.reshape(-1, group, flat.shape[1]).mean(1)
 
     def sampler(stream: Stream) -> Block:
         def block(index: int) -> np.ndarray:
             noise = batches(chain, params, estimator, size, group, generator(stream, index))
-            each = estimator.per_sample(chain, params, objective, noise)
-            flat = torch.cat([each[name].flatten(1) for name in params], 1)
-            return flat.reshape(size // group, group, -1).mean(1).numpy()
+            return torch.cat([of(noise.of(piece)) for piece in pieces]).numpy()
 
         return block
 

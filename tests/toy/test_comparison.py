@@ -1,5 +1,6 @@
 """The comparison: costs counted by hand, runs that depend on their names alone, and methods that learn."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,10 +154,19 @@ def test_truncation_curves_count_updates_and_differ_by_length() -> None:
     assert not np.array_equal(found[0].reward, found[1].reward)
 
 
-def test_compare_stacks_the_runs_of_the_seeds() -> None:
-    curves = compare(["DDPO"], small(), PLAN, STREAM, [2, 0])["DDPO"]
-    assert curves.reward.shape == (2, PLAN.points)
-    np.testing.assert_array_equal(curves.reward[1], run("DDPO", small(), PLAN, STREAM, 0).reward)
+@pytest.mark.parametrize("name", ["first order", "DDPO", "DRaFT-1", "RLR", "SRT(2)"])
+def test_compare_stacks_the_runs_of_the_seeds_as_if_each_had_been_alone(name: str) -> None:
+    curves = compare([name], small(), PLAN, STREAM, [2, 0, 7])[name]
+    assert curves.reward.shape == (3, PLAN.points)
+    for row, seed in zip(curves.reward, [2, 0, 7], strict=True):
+        np.testing.assert_allclose(row, run(name, small(), PLAN, STREAM, seed).reward, rtol=1e-9)
+
+
+def test_side_by_side_are_runs_whose_samples_all_go_the_same_way() -> None:
+    together = [name for name in NAMES if comparison.side_by_side(contender(name, small(), BATCH).method, small())]
+    assert together == ["DDPO", "DRaFT-1", "first order"]
+    prompted = replace(small(), condition=lambda samples: torch.zeros(samples, 1))
+    assert not comparison.side_by_side(contender("DDPO", small(), BATCH).method, prompted)
 
 
 def test_summaries_of_curves() -> None:
