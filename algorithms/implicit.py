@@ -49,6 +49,19 @@ class Potential(Protocol):
 
 
 @runtime_checkable
+class Derived(Protocol):
+    """A potential that has its first derivatives in closed form; they are taken instead of autograd's."""
+
+    def slope(self, params: Params, x: Tensor) -> Tensor:
+        """Return grad_x V, (r, n, *shape); autograd can differentiate it again, in x and in the parameters."""
+        ...
+
+    def pull(self, params: Params, x: Tensor, weight: Tensor) -> Params:
+        """Return the gradient in the parameters of sum_i weight_i V(params, x_i), for weights (r, n)."""
+        ...
+
+
+@runtime_checkable
 class Curved(Protocol):
     """A potential whose largest curvature in x is known."""
 
@@ -100,10 +113,14 @@ class Langevin:
 
     def step(self, params: Params, x: Tensor, noise: Tensor, graph: bool = False) -> Tensor:
         """Return the particles after one step, (r, n, *shape), with a graph in x and the parameters if asked for."""
-        with torch.enable_grad():
-            leaf = x if x.requires_grad else x.detach().requires_grad_()
-            energy = self.potential(params, leaf).sum()
-            (slope,) = torch.autograd.grad(energy, leaf, create_graph=graph)
+        if isinstance(self.potential, Derived):
+            with torch.set_grad_enabled(graph):
+                slope = self.potential.slope(params, x)
+        else:
+            with torch.enable_grad():
+                leaf = x if x.requires_grad else x.detach().requires_grad_()
+                energy = self.potential(params, leaf).sum()
+                (slope,) = torch.autograd.grad(energy, leaf, create_graph=graph)
         return torch.add(x, slope, alpha=-self.gamma).add(noise, alpha=math.sqrt(2 * self.gamma))
 
 
@@ -136,13 +153,21 @@ class MinusReward:
         return 0
 
     def __call__(self, potential: Potential, params: Params, x: Tensor, update: int) -> Tensor:
-        with torch.no_grad():
-            reward = self.reward(x)
-            n = reward.shape[-1]
-            if n < 2:
-                raise ValueError(f"particles must be >= 2 a repetition for a covariance, got {n}")
-            weight = (reward - reward.mean(-1, keepdim=True)) / (n - 1 if self.unbiased else n)
-        return (weight * potential(params, x)).sum(-1)
+        x = x.detach()  # a sum with an unrolled loss brings a graph
+        return (self._weight(x) * potential(params, x)).sum(-1)
+
+    @torch.no_grad()
+    def gradient(self, potential: Derived, params: Params, x: Tensor) -> Params:
+        """Return the gradients of the losses without autograd, (r, *its shape) for each parameter."""
+        return potential.pull(params, x, self._weight(x))
+
+    @torch.no_grad()
+    def _weight(self, x: Tensor) -> Tensor:
+        reward = self.reward(x)
+        n = reward.shape[-1]
+        if n < 2:
+            raise ValueError(f"particles must be >= 2 a repetition for a covariance, got {n}")
+        return (reward - reward.mean(-1, keepdim=True)) * (1 / (n - 1 if self.unbiased else n))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +185,7 @@ class KLFromReference:
         return 0
 
     def __call__(self, potential: Potential, params: Params, x: Tensor, update: int) -> Tensor:
-        return potential(params, self.reference(update)).mean(-1) - potential(params, x).mean(-1)
+        return potential(params, self.reference(update)).mean(-1) - potential(params, x.detach()).mean(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,8 +316,13 @@ class ImplicitDiffusion:
         """Set the `.grad`s at particles x."""
         assert self.loss is not None
         assert self._optimizer is not None
+        potential = self.sampler.potential
+        if isinstance(self.loss, MinusReward) and isinstance(potential, Derived):
+            for name, gradient in self.loss.gradient(potential, self.params, x).items():
+                self.params[name].grad = gradient
+            return
         self._optimizer.zero_grad()
-        self.loss(self.sampler.potential, self.params, x, self.done).sum().backward()
+        self.loss(potential, self.params, x, self.done).sum().backward()
 
     def _draw(self, step: int) -> Tensor:
         """Return the noise (r, n, *shape) of a sampling step, counted from 0 through all updates."""

@@ -23,6 +23,7 @@ from algorithms.division import Division
 from algorithms.estimators import Estimator
 from algorithms.losses import DPOK, PPO, DraftLV
 from algorithms.objective import Objective
+from algorithms.queue import Queue
 from algorithms.shortcut import ShortcutFineTuning
 from algorithms.stratified import fitted_truncation
 from algorithms.telescoped import FOLDS, band, telescoped
@@ -175,6 +176,16 @@ class THO(Options):
             )
 
 
+class Queued(Options):
+    length: int = Field(
+        default=4, ge=1, description="M, batches in flight; each update moves every one by T / M steps, so M divides T"
+    )
+
+    def check(self, steps: int, batch: int) -> None:
+        if steps % self.length:
+            raise ValueError(f"length of the queue must divide the {steps} sampling steps, got {self.length}")
+
+
 class Copies(Options):
     copies: int = Field(default=2, ge=0, description="re-noised copies of the last step, besides the roll-out's own")
 
@@ -246,7 +257,7 @@ class SFTPG(SFT):
 
 Make = Callable[[Any, int, Baseline], Estimator]
 Fit = Callable[[Any, Pilot, Baseline], Estimator]
-Loss = Callable[[Any, Baseline, dict[str, Any]], Method]
+Loss = Callable[[Any, int, Baseline, dict[str, Any]], Method]
 Shortcut = Callable[[Any, int], ShortcutFineTuning]
 
 
@@ -263,7 +274,7 @@ class Entry:
         baseline: whether a baseline is used.
         make: (options, steps, baseline) -> estimator.
         fit: (options, pilot, baseline) -> estimator, from pilot roll-outs.
-        loss: (options, baseline, the division by name or nothing) -> method, where it is no estimator.
+        loss: (options, steps, baseline, the division by name or nothing) -> method, where it is no estimator.
         shortcut: (options, steps) -> method, where it learns from data by a critic (`scale.shortcut`).
         every_score: whether it uses the score of every step; what `make` gives says so itself.
     """
@@ -416,7 +427,7 @@ METHODS: dict[str, Entry] = {
         differentiable=False,
         unbiased=False,
         baseline=False,
-        loss=lambda o, b, division: PPO(o.clip, o.epochs, o.minibatches, o.advantage, o.group, **division),
+        loss=lambda o, steps, b, division: PPO(o.clip, o.epochs, o.minibatches, o.advantage, o.group, **division),
         every_score=True,
     ),
     "dpok": Entry(
@@ -425,7 +436,7 @@ METHODS: dict[str, Entry] = {
         differentiable=False,
         unbiased=False,
         baseline=True,
-        loss=lambda o, b, division: DPOK(b, **division),
+        loss=lambda o, steps, b, division: DPOK(b, **division),
         every_score=True,
     ),
     "zeroth-order": Entry(
@@ -465,7 +476,15 @@ METHODS: dict[str, Entry] = {
         differentiable=True,
         unbiased=False,
         baseline=False,
-        loss=lambda o, b, division: DraftLV(o.copies, **division),
+        loss=lambda o, steps, b, division: DraftLV(o.copies, **division),
+    ),
+    "implicit-diffusion": Entry(
+        Queued,
+        "Implicit Diffusion, Marion et al. 2024, arXiv:2402.05468, algorithm 2: a queue of batches, late gradients",
+        differentiable=True,
+        unbiased=False,
+        baseline=False,
+        loss=lambda o, steps, b, division: Queue(named.first_order(steps), o.length, **division),
     ),
     "vader": Entry(
         VADER,
@@ -617,7 +636,7 @@ def make_method(
     entry, options = _checked(choice, objective)
     given: dict[str, Any] = {} if division is None else {"division": division}
     if entry.loss is not None:
-        return entry.loss(options, make_baseline(choice.baseline), given), None
+        return entry.loss(options, chain.steps, make_baseline(choice.baseline), given), None
     if entry.shortcut is not None:
         raise ValueError(f"name must be that of a method that learns from a reward, {choice.name} {LEARNS_FROM_DATA}")
     estimator = make_estimator(choice, chain, params, objective, generator, condition)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import estimators as bench
-from benchmarks import policy_iteration, unet
+from benchmarks import implicit, policy_iteration, unet
 
 CASES = {"linear-gaussian": bench.linear_gaussian(), "mlp": bench.mlp(steps=4)}
 
@@ -164,3 +164,94 @@ def test_policy_iteration_writes_the_error_of_every_grid_but_the_finest(threads,
     assert 0 < coarse["error of V"] < 1e-12 < coarse["ripple"]
     assert coarse["points per axis"] < finest["points per axis"]
     assert "error against the first grid" in capsys.readouterr().out
+
+
+# --- Implicit Diffusion ------------------------------------------------------------------------------------------
+
+
+def test_closed_forms_make_the_steps_that_autograd_makes():
+    known, found = implicit.our_loop(2), implicit.our_loop(2, autograd=True)
+    begun = known.params["theta"].detach().clone()
+    for loop in (known, found):
+        loop.run(20)
+    torch.testing.assert_close(known.params["theta"], found.params["theta"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(known.particles, found.particles, rtol=0, atol=1e-4)
+    assert float((known.params["theta"].detach() - begun).abs().min()) > 1e-3
+    assert not hasattr(found.sampler.potential, "slope")
+
+
+def test_closed_forms_are_autograds_for_weights_that_do_not_add_to_zero_and_twice():
+    mixture, generator = implicit.RELEASED.mixture, torch.Generator().manual_seed(0)
+    theta, x, weight = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 6), (2, 50, 2), (2, 50))
+    )
+    params, x = {"theta": theta.requires_grad_()}, x.mul(3).requires_grad_()
+    (expected,) = torch.autograd.grad((weight * mixture(params, x)).sum(), theta)
+    torch.testing.assert_close(mixture.pull(params, x, weight)["theta"], expected)
+    (expected,) = torch.autograd.grad(mixture(params, x).sum(), x, create_graph=True)
+    slope = mixture.slope(params, x)
+    torch.testing.assert_close(slope, expected)
+    twice = [torch.autograd.grad(each.sin().sum(), (theta, x)) for each in (slope, expected)]
+    torch.testing.assert_close(*twice)
+
+
+@pytest.fixture
+def jax(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    found = implicit.load_jax()
+    if found is None:
+        pytest.skip("JAX is not installed")
+    return found
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["grad", "closed forms"])
+@pytest.mark.parametrize("autograd", [False, True], ids=["ours by closed forms", "ours by autograd"])
+def test_the_loop_in_jax_makes_the_same_of_the_same_noise(jax, autograd, known):
+    assert implicit.disagreement(jax, autograd, known) < implicit.TOLERANCE
+
+
+def test_a_loop_in_jax_that_differs_is_found(jax, monkeypatch):
+    right = implicit.JaxLoop.__init__
+
+    def quieter(self, jax, known):
+        right(self, jax, known)
+        move = self.move
+        self.move = lambda theta, x, noise: move(theta, x, 0.999 * noise)
+
+    monkeypatch.setattr(implicit.JaxLoop, "__init__", quieter)
+    assert implicit.disagreement(jax) > 10 * implicit.TOLERANCE
+
+
+def test_both_ways_in_jax_make_all_the_steps(jax):
+    whole, called = implicit.JaxLoop(jax), implicit.JaxLoop(jax)
+    called.call_steps(11)
+    short = np.asarray(called.state[0])
+    called.call_steps(1)
+    for _ in range(2):
+        whole.call_whole(6)
+    np.testing.assert_allclose(whole.state[0], called.state[0], atol=1e-5)
+    assert np.abs(np.asarray(whole.state[0]) - short).max() > 1e-3
+
+
+def test_implicit_writes_its_times_with_or_without_jax(threads, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(implicit, "OUT", tmp_path)
+    monkeypatch.setattr(implicit, "load_jax", lambda: None)
+    implicit.main(["--quick"])
+    record = json.loads((tmp_path / "implicit.json").read_text())
+    assert [row["loop"] for row in record["seconds"]] == ["ours", "ours, autograd", "ours"]
+    assert record["ratios"] == []
+    assert "JAX is not installed" in capsys.readouterr().out
+
+
+def test_ratios_compare_single_repetitions():
+    def row(name, repetitions, compiled, plain):
+        turns = [{"with compilation": (compiled, compiled), "without compilation": (plain, plain)}] * 3
+        return implicit.row(name, repetitions, 100, turns)
+
+    ours = implicit.row("ours", 1, 100, [{"without compilation": (1.0, seconds)} for seconds in (3.0, 1.0, 2.0)])
+    assert ours["ms a step and repetition"] == 20
+    rows = [ours, row("JAX, jitted step", 1, 8.0, 4.0), row("JAX, jitted step", 10, 80.0, 40.0)]
+    (found,) = implicit.ratios(rows)
+    assert found["processor, without compilation"] == 0.5
+    assert found["processor, with compilation"] == 0.25
+    assert found["wall, with compilation"] == 0.125

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,12 +28,35 @@ class SoftmaxMixture:
     centres: Tensor
     variance: float
 
-    def __call__(self, params: Params, x: Tensor) -> Tensor:
+    @cached_property
+    def _scaled(self) -> Tensor:
+        return self.centres / self.variance
+
+    @cached_property
+    def _offset(self) -> Tensor:
+        return self.centres.square().sum(-1) / (-2 * self.variance)
+
+    def _logits(self, weights: Tensor, x: Tensor) -> Tensor:
+        """Return weights + (mu . x - |mu|^2 / 2) / variance, (r, k, n), for weights (r, k)."""
         # Components before particles: sums over six numbers that lie side by side are slow.
-        scaled = self.centres.to(x) / self.variance
-        bias = torch.log_softmax(params["theta"], -1) - 0.5 * self.variance * scaled.square().sum(-1)
-        logits = torch.baddbmm(bias[..., None], scaled.expand(len(x), -1, -1), x.mT)
+        bias = weights + self._offset.to(x)
+        return torch.baddbmm(bias[..., None], self._scaled.to(x).expand(len(x), -1, -1), x.mT)
+
+    def __call__(self, params: Params, x: Tensor) -> Tensor:
+        logits = self._logits(torch.log_softmax(params["theta"], -1), x)
         return x.square().sum(-1) / (2 * self.variance) - torch.logsumexp(logits, -2)
+
+    def slope(self, params: Params, x: Tensor) -> Tensor:
+        """Return (x - E[mu | x]) / variance, (r, n, d)."""
+        posterior = torch.softmax(self._logits(params["theta"], x), -2)
+        mean = self._scaled.to(x).mT.expand(len(x), -1, -1) @ posterior
+        return x / self.variance - mean.mT
+
+    def pull(self, params: Params, x: Tensor, weight: Tensor) -> Params:
+        """Return sum_i weight_i (softmax(theta) - posterior(x_i)), (r, k), under its name."""
+        posterior = torch.softmax(self._logits(params["theta"], x), -2)
+        prior = torch.softmax(params["theta"], -1)
+        return {"theta": prior * weight.sum(-1, keepdim=True) - (posterior @ weight[..., None])[..., 0]}
 
     def curvature(self, params: Params) -> float:
         return 1 / self.variance
@@ -66,8 +90,8 @@ class HalfPlaneBump:
     smooth: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        distance = (x - x.new_tensor(self.centre)).square().sum(-1)
-        first = x[..., 0]
+        first, second = x[..., 0], x[..., 1]
+        distance = (first - self.centre[0]).square() + (second - self.centre[1]).square()
         gate = first > 0 if self.smooth is None else torch.sigmoid(first / self.smooth)
         return gate * torch.exp(distance * (-1 / self.width)) * (1 / self.scale)
 

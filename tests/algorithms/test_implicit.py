@@ -207,6 +207,19 @@ def test_weighted_losses_add() -> None:
     assert moved[2] == pytest.approx(2 * moved[0] - 0.5 * moved[1], abs=1e-12)
 
 
+def test_a_covariance_beside_an_unrolled_loss_keeps_to_its_particles() -> None:
+    """The unrolled loss brings particles with a graph; Gamma must not follow it."""
+    points = torch.full((1, 7, 1), 0.7, dtype=torch.float64)
+    unrolled = UnrolledReward(reward)
+    for other in (MinusReward(reward), KLFromReference(lambda update: points)):
+        moved = []
+        for loss in (other, unrolled, Weighted(((1.0, other), (1.0, unrolled)))):
+            run = loop(loss=loss, optimizer=sgd(1.0), order="released")
+            run.run(1)
+            moved.append(float(run.params["theta"].detach()) + 1)
+        assert moved[2] == pytest.approx(moved[0] + moved[1], abs=1e-12)
+
+
 def test_guidance_changes_the_law_that_is_sampled() -> None:
     """V - strength R is quadratic here too: its mean is known."""
     strength = 3.0

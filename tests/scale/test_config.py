@@ -36,6 +36,7 @@ EXPECTED_PRESETS = {
     "digits-brightness-ddpo",
     "digits-brightness-tho",
     "digits-digit",
+    "digits-implicit",
     "digits-pift",
     "digits-sft",
     "dpok-sd15",

@@ -14,6 +14,7 @@ from algorithms.division import Division
 from algorithms.estimators import Estimator
 from algorithms.losses import DPOK, PPO, DraftLV
 from algorithms.objective import Objective
+from algorithms.queue import Queue
 from algorithms.telescoped import band
 from algorithms.training import FromEstimator
 from algorithms.truncations import alignprop_law
@@ -21,7 +22,7 @@ from scale.config import Method, dotted_keys
 from scale.methods import METHODS, find, make_baseline, make_estimator, make_method, read_options, scored_steps
 
 STEPS = 20
-LOSSES = {"ddpo": PPO, "dpok": DPOK, "draft-lv": DraftLV}
+LOSSES = {"ddpo": PPO, "dpok": DPOK, "draft-lv": DraftLV, "implicit-diffusion": Queue}
 FROM_DATA = {"sft", "sft-pg"}  # held against their algorithm in test_sft.py
 FROM_REWARD = [name for name in METHODS if name not in FROM_DATA]
 ESTIMATORS = [name for name in FROM_REWARD if name not in LOSSES]
@@ -36,6 +37,7 @@ NEEDS_GRADIENT = {
     "rlr-as-printed",
     "rlr-as-released",
     "draft-lv",
+    "implicit-diffusion",
     "vader",
 }
 
