@@ -137,6 +137,15 @@ class ImplicitLoss(Protocol):
     def __call__(self, potential: Potential, params: Params, x: Tensor, update: int) -> Tensor: ...
 
 
+@runtime_checkable
+class Explicit(Protocol):
+    """A loss that is linear in the potential: its gradient takes no autograd where the potential is `Derived`."""
+
+    def gradient(self, potential: Derived, params: Params, x: Tensor, update: int) -> Params:
+        """Return the gradients of the losses, (r, *its shape) for each parameter."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class MinusReward:
     """F(p) = -E_p R: Gamma = Cov_p(R, grad_params V), from values of the reward alone.
@@ -157,8 +166,7 @@ class MinusReward:
         return (self._weight(x) * potential(params, x)).sum(-1)
 
     @torch.no_grad()
-    def gradient(self, potential: Derived, params: Params, x: Tensor) -> Params:
-        """Return the gradients of the losses without autograd, (r, *its shape) for each parameter."""
+    def gradient(self, potential: Derived, params: Params, x: Tensor, update: int) -> Params:
         return potential.pull(params, x, self._weight(x))
 
     @torch.no_grad()
@@ -186,6 +194,11 @@ class KLFromReference:
 
     def __call__(self, potential: Potential, params: Params, x: Tensor, update: int) -> Tensor:
         return potential(params, self.reference(update)).mean(-1) - potential(params, x.detach()).mean(-1)
+
+    @torch.no_grad()
+    def gradient(self, potential: Derived, params: Params, x: Tensor, update: int) -> Params:
+        there, here = (potential.pull(params, y, _equal(y)) for y in (self.reference(update), x))
+        return {name: there[name] - here[name] for name in params}
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,8 +330,8 @@ class ImplicitDiffusion:
         assert self.loss is not None
         assert self._optimizer is not None
         potential = self.sampler.potential
-        if isinstance(self.loss, MinusReward) and isinstance(potential, Derived):
-            for name, gradient in self.loss.gradient(potential, self.params, x).items():
+        if isinstance(self.loss, Explicit) and isinstance(potential, Derived):
+            for name, gradient in self.loss.gradient(potential, self.params, x, self.done).items():
                 self.params[name].grad = gradient
             return
         self._optimizer.zero_grad()
@@ -384,6 +397,11 @@ class ImplicitDiffusion:
         self.done = state["done"]
         if self._optimizer is not None:
             self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+
+
+def _equal(x: Tensor) -> Tensor:
+    """Return equal weights of particles x, (r, n)."""
+    return x.new_full(x.shape[:2], 1 / x.shape[1])
 
 
 def _shown(shapes: dict[str, torch.Size]) -> str:

@@ -200,12 +200,13 @@ def _loss(setting: Setting, way: Way, stream: Stream, shape: tuple[int, int]) ->
         return UnrolledReward(setting.reward), 2 * setting.rate / setting.gamma
     if way.gradient == "implicit":
         return MinusReward(setting.reward, unbiased=False), setting.rate
-    weights = torch.tensor(setting.target).softmax(-1)
+    centres = setting.mixture.centres
+    below = torch.tensor(setting.target).softmax(-1).cumsum(-1)[:-1]
 
     def reference(update: int) -> Tensor:
         source = torch.Generator().manual_seed(stream.child("reference", update).integer())
-        component = torch.multinomial(weights, math.prod(shape), replacement=True, generator=source).reshape(shape)
+        component = torch.searchsorted(below, torch.rand(shape, generator=source))
         noise = torch.randn(*shape, 2, generator=source)
-        return setting.mixture.centres[component] + math.sqrt(setting.variance) * noise
+        return centres[component] + math.sqrt(setting.variance) * noise
 
     return KLFromReference(reference), setting.rate

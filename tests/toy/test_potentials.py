@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms.implicit import Langevin
+from algorithms.implicit import ImplicitDiffusion, KLFromReference, Langevin, MinusReward
 from theory import gibbs
 from toy.implicit_experiments import PRINTED, RELEASED
 from toy.potentials import (
@@ -44,6 +44,28 @@ def test_the_mixture_is_theorys(variance: float) -> None:
         np.testing.assert_allclose(pull[r], (weight[r, :, None].numpy() * forces).sum(0), atol=1e-12)
         density = ours.log_density(params, x)[r].detach()
         np.testing.assert_allclose(density, exact.log_density(POINTS[r], THETA[r]), atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["reward", "reference"])
+def test_losses_take_the_closed_form_where_there_is_one(loss: str) -> None:
+    """One update by closed form is one by autograd, of the same potential with its closed forms hidden."""
+    mixture = SoftmaxMixture(hexagon(3.0), 1.0)
+    source = torch.Generator().manual_seed(1)
+    reference = torch.randn(2, 30, 2, generator=source, dtype=torch.float64) + 1
+    moved = []
+    for potential in (mixture, lambda params, x: mixture(params, x)):
+        loop = ImplicitDiffusion(
+            Langevin(potential, 0.1),
+            MinusReward(RELEASED.reward) if loss == "reward" else KLFromReference(lambda update: reference),
+            {"theta": torch.from_numpy(THETA)},
+            torch.from_numpy(POINTS),
+            lambda tensors: torch.optim.SGD(tensors, lr=1.0),
+            lambda repetition, block: torch.Generator().manual_seed(repetition),
+        )
+        loop.run(3)
+        moved.append(loop.params["theta"].detach() - torch.from_numpy(THETA))
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-12)
+    assert float(moved[0].abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("origin", [False, True])
