@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -255,13 +255,26 @@ class Perturbation:
     active: Tensor
 
     def at(self, params: Params, t: int) -> Params:
-        """Return the parameters of step t, one set per sample: (n, *parameter shape)."""
+        """Return the parameters of step t, one set per sample: (n, *parameter shape); `params` may be so already."""
         on = self.active[t - 1] * self.std
-        return {k: p + on.to(p).reshape(-1, *[1] * p.dim()) * self.unit[k][t - 1] for k, p in params.items()}
+        moved = {}
+        for name, p in params.items():
+            xi = self.unit[name][t - 1]
+            moved[name] = p + on.to(p).reshape(-1, *[1] * (xi.dim() - 1)) * xi
+        return moved
 
     def of(self, samples: slice | Tensor) -> Perturbation:
         """Return the perturbation of some of the samples."""
         return Perturbation(self.std, {k: xi[:, samples] for k, xi in self.unit.items()}, self.active[:, samples])
+
+
+@runtime_checkable
+class OwnParameters(Protocol):
+    """A chain that gives its samples different parameters also where no noise moves them, as their condition says."""
+
+    def split_by_sample(self, params: Params, condition: Tensor | None) -> tuple[Chain, Params]:
+        """Return the chain of one sample, and each sample's parameters, (n, *parameter shape)."""
+        ...
 
 
 def step_mean(
@@ -271,6 +284,9 @@ def step_mean(
     own = at_step(condition, t)
     if perturbation is None or not bool(perturbation.active[t - 1].any()):
         return chain.mean(params, x, t, own)
+
+    if isinstance(chain, OwnParameters):
+        (chain, params), own = chain.split_by_sample(params, own), None
 
     def one(p: Params, y: Tensor, c: Tensor | None) -> Tensor:
         return chain.mean(p, y[None], t, None if c is None else c[None])[0]

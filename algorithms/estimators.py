@@ -71,7 +71,7 @@ class Estimator:
     ) -> Params:
         """Return each sample's estimate, (n, *parameter shape) per parameter."""
         readout = PerSample(params, noise.samples)
-        copies = len(self._run(chain, params, objective, noise, condition, readout))
+        copies = len(self.feed(chain, params, objective, noise, condition, readout))
         return {name: value / copies for name, value in readout.total.items()}
 
     def directional(
@@ -85,7 +85,7 @@ class Estimator:
     ) -> Tensor:
         """Return each sample's estimate of the derivative along `direction`, (n,)."""
         readout = Directional(params, noise.samples, direction)
-        copies = len(self._run(chain, params, objective, noise, condition, readout))
+        copies = len(self.feed(chain, params, objective, noise, condition, readout))
         return readout.total / copies
 
     def accumulate(
@@ -107,13 +107,13 @@ class Estimator:
         own = division.own(noise.samples)
         readout = Accumulate(params, noise.samples)
         arguments = (chain, params, objective, noise.of(own), of_samples(condition, own), readout, division, roll)
-        returns = self._run(*arguments)
+        returns = self.feed(*arguments)
         for name, p in params.items():
             grad = readout.total[name] / len(returns)
             p.grad = grad if p.grad is None else p.grad + grad
         return torch.cat(returns)
 
-    def _run(
+    def feed(
         self,
         chain: Chain,
         params: Params,
@@ -124,7 +124,7 @@ class Estimator:
         division: Division = WHOLE,
         roll: Rollout | None = None,
     ) -> list[Tensor]:
-        """Sweep over the noise and its antithetic copies; return the returns of each."""
+        """Sweep over the noise and its antithetic copies, into one readout; return the returns of each."""
         fixed = {name: p.detach() for name, p in params.items()}
         copies = [noise]
         for flip in self.flips:

@@ -249,7 +249,10 @@ def sweep(
         wanted = [k for k in costates if t < lives[k]]
         pulled: Costates = {}
         for part in _parts(visits[noise.outcome, t - 1], division):
-            moved = None if perturbation is None else perturbation.of(part)
+            # Samples that visit a step are seldom moved there; where none is, no noise is copied.
+            moved = None
+            if perturbation is not None and bool(perturbation.active[t - 1, part].any()):
+                moved = perturbation.of(part)
             step = Step(chain, objective, t, x[part], None if own is None else own[part], moved, part)
             found = readout.step(step, {k: value[part] for k, value in costates.items()}, row[part], wanted)
             for k, value in found.items():

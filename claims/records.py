@@ -128,9 +128,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Data of one picture. `kind` says which of `series`, `matrices` (name, rows as tuples) and `panels` is drawn.
+    """Data of one picture. `kind` says which of `series`, `matrices` (name, rows as tuples), `panels`, `images` is drawn.
 
-    "plot" draws `series` in one pair of axes, "matrix" draws `matrices`, "panels" draws small multiples, row by row:
+    "plot" draws `series` in one pair of axes, "matrix" draws `matrices`, "images" draws lines of grey images (name of
+    the line, images with values from 0, black, to 1), "panels" draws small multiples, row by row:
     a label has the same colour, dash and marker in all of them. `shared_axes` says which panels have equal limits:
     "all"; "grid" (y along a row, x down a column); or "none".
     """
@@ -139,7 +140,7 @@ class Figure:
     title: str
     caption: str  # states the finding
     alt: str  # text alternative for readers who cannot see it
-    kind: Literal["plot", "matrix", "panels"] = "plot"
+    kind: Literal["plot", "matrix", "panels", "images"] = "plot"
     x_label: str = ""
     y_label: str = ""
     x_scale: Literal["linear", "log"] = "linear"
@@ -148,6 +149,7 @@ class Figure:
     matrices: tuple[tuple[str, tuple[tuple[float, ...], ...]], ...] = ()
     row_labels: tuple[str, ...] = ()  # of every matrix; 1, 2, ... where empty
     column_labels: tuple[str, ...] = ()  # of every matrix; 0, 1, ... where empty
+    images: tuple[tuple[str, tuple[tuple[tuple[float, ...], ...], ...]], ...] = ()
     row_sums: bool = True  # stand beside every matrix: a credit matrix is unbiased if they are one
     panels: tuple[Panel, ...] = ()
     panel_columns: int = 3

@@ -11,6 +11,7 @@ from claims import (
     foundations,
     frontier,
     implicit,
+    implicit_digits,
     implicit_experiments,
     implicit_hexagon,
     implicit_paths,
@@ -74,6 +75,7 @@ CHAPTERS: tuple[Claim, ...] = (
     *implicit_experiments.CLAIMS,
     *implicit_queue.CLAIMS,
     *implicit_paths.CLAIMS,
+    *implicit_digits.CLAIMS,
     *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))

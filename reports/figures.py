@@ -1,4 +1,4 @@
-"""Pictures as SVG text, drawn once for screen and paper: plots, small multiples, matrices, confidence sequences.
+"""Pictures as SVG text, drawn once for screen and paper: plots, multiples, matrices, images, confidence sequences.
 
 Their colours are placeholders (see `palette`), and numbers stand in every cell of a matrix.
 """
@@ -58,8 +58,7 @@ _STYLE: dict[Any, Any] = {
 
 def draw(figure: Figure, key: str) -> str:
     """Return the SVG of a figure; `key` makes its identifiers unique on the page and equal in every run."""
-    painter = {"plot": draw_plot, "matrix": _draw_matrices, "panels": draw_panels}[figure.kind]
-    return _svg(painter, figure, key, figure.title, figure.alt)
+    return _svg(PAINTERS[figure.kind], figure, key, figure.title, figure.alt)
 
 
 def draw_sequence(check: CheckEvidence, key: str, title: str, alt: str) -> str:
@@ -170,6 +169,23 @@ def _write_row_sums(axes: Axes, rows: Sequence[Sequence[float]], size: float) ->
     axes.text(at, -0.12, "sum", ha="center", va="bottom", fontsize=size, color=MUTED)
 
 
+def _draw_images(canvas: Canvas, figure: Figure) -> None:
+    """Draw lines of grey images, the name of each line before it; they keep their greys on every background."""
+    longest = max((len(line) for _, line in figure.images), default=1) or 1
+    names, gap = 1.35, 0.06  # inches
+    side = min(0.62, (WIDTH - names) / longest - gap)
+    canvas.set_size_inches(WIDTH, max(1, len(figure.images)) * (side + gap))
+    height = canvas.get_figheight()
+    for i, (name, line) in enumerate(figure.images):
+        bottom = height - (i + 1) * (side + gap)
+        canvas.text(0, (bottom + side / 2) / height, plot_text(name), va="center", fontsize=9.5)
+        for j, image in enumerate(line):
+            left = (names + j * (side + gap)) / WIDTH
+            axes = canvas.add_axes((left, bottom / height, side / WIDTH, side / height))
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
+            axes.set_axis_off()
+
+
 def _draw_sequences(canvas: Canvas, check: CheckEvidence) -> None:
     canvas.set_size_inches(WIDTH, 2.5)
     axes = canvas.add_subplot()
@@ -223,3 +239,11 @@ def _draw_sequences(canvas: Canvas, check: CheckEvidence) -> None:
 
 def _lowest(reading: Reading) -> float:
     return min((look.lower for look in reading.looks if math.isfinite(look.lower)), default=0.0)
+
+
+PAINTERS: dict[str, Callable[[Canvas, Figure], None]] = {
+    "plot": draw_plot,
+    "matrix": _draw_matrices,
+    "panels": draw_panels,
+    "images": _draw_images,
+}

@@ -302,13 +302,13 @@ def _train_and_judge(
 def side_by_side(method: Method, problem: Problem) -> TypeGuard[FromEstimator]:
     """Return whether a method can make many runs in one batch, each with its own parameters, noise and baseline.
 
-    All samples must then go the same way, without noise on the parameters and without conditions.
+    It must then be an estimator that is not fitted to the parameters, and nothing may be conditioned.
     """
     if not isinstance(method, FromEstimator) or problem.condition(1) is not None:
         return False
     made = method.estimator
-    same_way = len(made.credit.probabilities) == 1 and made.parameter_noise is None
-    return same_way and (made.baseline == LeaveOneOut() or isinstance(made.baseline, Constant))
+    stored = made.parameter_noise is None or not made.parameter_noise.redrawn
+    return stored and (made.baseline == LeaveOneOut() or isinstance(made.baseline, Constant))
 
 
 def _train_and_judge_all(

@@ -19,7 +19,7 @@ from verdicts.streams import Stream
 Block = Callable[[int], np.ndarray]
 Sampler = Callable[[Stream], Block]
 
-PIECE = 512  # samples that are drawn together
+PIECE = 1024  # samples that are drawn together
 GRADIENTS = 1 << 21  # numbers of per-sample gradients that are made together
 
 

@@ -259,6 +259,17 @@ TRAINING = Figure(
     series=tuple(_curve(i, name) for i, name in enumerate(METHODS[:10])),
     end_labels=True,
 )
+IMAGES = Figure(
+    name="samples",
+    title="The same noise during the training",
+    caption="Brighter line by line.",
+    alt="Two lines of three grey images.",
+    kind="images",
+    images=tuple(
+        (f"after {k} updates", tuple(tuple((0.1 * i, 0.5 + 0.2 * k, 1.0) for _ in range(3)) for i in range(3)))
+        for k in range(2)
+    ),
+)
 SMALL = Figure(
     name="coarse-to-fine",
     title="Training with restricted steps",
@@ -392,7 +403,7 @@ $$\sigma_t(\eta) = \eta \sqrt{\frac{1 - \bar\alpha_{t-1}}{1 - \bar\alpha_t}}
                 reading("printed", "bound as printed", "refuted", (1.0,), (3.5,)),
                 reading("control", "one step counted twice", "refuted", (7.0,), (3.5,)),
             ),
-            figures=(TRAINING, SMALL),
+            figures=(TRAINING, SMALL, IMAGES),
             tables=(COMPARED, LONG),
         ),
         _plain("half-order", rlr, "Half-order estimators are unbiased for every block length h"),

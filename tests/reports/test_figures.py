@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Canvas
+from PIL import Image
 
 from claims.records import Figure, Panel, Series
 from reports.figures import draw, draw_sequence, followed
@@ -26,8 +29,9 @@ from tests.reports import fake
 
 EMPTY = Figure("empty", "Nothing", "c", "Nothing is drawn.")
 FIGURES = (
-    *(fake.FRONTIER, fake.MATRICES, fake.CLOUD, fake.BARS, fake.GRID, fake.TRAINING, fake.SMALL, EMPTY),
+    *(fake.FRONTIER, fake.MATRICES, fake.CLOUD, fake.BARS, fake.GRID, fake.TRAINING, fake.SMALL, fake.IMAGES, EMPTY),
     replace(EMPTY, name="no panels", kind="panels"),
+    replace(EMPTY, name="no images", kind="images"),
     replace(fake.BARS, name="bars in panels", kind="panels", panels=(Panel("one", fake.BARS.series),) * 5),
 )
 
@@ -51,6 +55,19 @@ def test_identifiers_are_unique_across_figures_and_all_references_resolve() -> N
     used = re.findall(r'(?:href="#|url\(#)([^")]+)', "".join(pictures))
     assert used
     assert set(used) <= set(identifiers)
+
+
+def test_images_keep_their_greys_and_stand_in_lines() -> None:
+    """Two lines of three, each picture embedded with the values that were given."""
+    svg = draw(fake.IMAGES, "k")
+    found = re.findall(r'xlink:href="data:image/png;base64,\s*([^"]+)"', svg)
+    assert len(found) == 6
+    shades = []
+    for data in found:
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L")) / 255
+        shades.append((pixels.min(), pixels.max()))
+    expected = [(min(map(min, image)), max(map(max, image))) for _, line in fake.IMAGES.images for image in line]
+    np.testing.assert_allclose(shades, expected, atol=0.005)
 
 
 def test_drawing_twice_gives_the_same_text() -> None:

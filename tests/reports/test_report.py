@@ -132,7 +132,7 @@ def test_page_and_paper_have_the_same_figures(page: Page, paper: str, report: Re
     keys = {name.removeprefix("figure-") for name in page.identifiers if name.startswith("figure-")}
     assert keys == set(re.findall(r'image\("([^"]+)\.svg"', paper))
     assert "frontier" in keys
-    assert len(keys) == 16
+    assert len(keys) == 17
 
 
 def test_nothing_is_fetched(page: Page, files: tuple[Path, Path, Path]) -> None:
@@ -164,7 +164,7 @@ def test_all_links_resolve(page: Page, files: tuple[Path, Path, Path]) -> None:
 
 def test_all_pictures_have_a_text_alternative(page: Page) -> None:
     assert page.pictures[0]["aria-hidden"] == "true"  # the shared outlines of letters, nothing to see
-    assert len(page.pictures) == 17
+    assert len(page.pictures) == 18
     for picture in page.pictures[1:]:
         names = str(picture["aria-labelledby"]).split()
         assert picture["role"] == "img"
