@@ -64,6 +64,20 @@ def test_brightness_rises_on_a_queue(digits_cache: Path, tmp_path: Path) -> None
     assert evaluation.kl.low > 0
 
 
+def test_colour_images_become_redder(tmp_path: Path) -> None:
+    """A pixel model of three channels, from a folder as diffusers checkpoints are (CIFAR-10's reward, section 5.2)."""
+    images, labels = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 2
+    recipe = digits.Recipe(updates=5, batch=8, block_out_channels=(8, 16))
+    digits.train_unet(images, labels, tmp_path / "model", 0, recipe)
+    model = f"model={{kind: pixel, path: {tmp_path / 'model'}}}"
+    plain = "evaluation={samples: 8, batch: 8, features: 'scale.evaluation:pooled'}"
+    options = [model, "reward={name: redness}", "prompts.train=['0', '1']", *SHORT[:-1], plain, "kl=0", "lora=null"]
+    options += ["training.learning_rate=1e-3", "training.updates=10"]
+    launch(load_config("digits-implicit", options), tmp_path / "run", tmp_path / "cache")
+    evaluation = read_evaluation(tmp_path / "run")
+    assert evaluation.difference.low > 0
+
+
 @pytest.mark.filterwarnings("ignore:prompt .* tokens, the model reads the first:UserWarning")
 def test_it_runs_on_the_latents_of_stable_diffusion(cache: Path, tmp_path: Path) -> None:
     """The tiny one, for redness, with prompts of its own for every batch in flight."""
