@@ -55,27 +55,27 @@ class MLPChain:
         return self.alpha_bar[0].sqrt() * x0 + (1 - self.alpha_bar[0]).sqrt() * noise
 
     def epsilon(self, params: Params, x: Tensor, t: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Return the predicted noise, (n, 2), for states x (n, 2) at steps t (n,) or (), told the prompt (n, prompt).
+        """Return the predicted noise, (n, 2), for states x (n, 2) at steps t (n,), told the prompt (n, prompt).
 
         Raises:
             ValueError: if the sampler takes a prompt and gets none, or one of another size.
         """
-        angle = torch.pi * t / self.steps
-        # What is told besides the states makes the first layer's bias, one for all if their step is.
-        bias = torch.stack([angle.sin(), angle.cos()], -1) @ params["w1"][2:4] + params["b1"]
+        angle = torch.pi * t[:, None] / self.steps
+        seen = [x, angle.sin(), angle.cos()]
         if self.prompt:
             if prompt is None or prompt.shape[1:] != (self.prompt,):
                 got = "none" if prompt is None else f"shape {tuple(prompt.shape)}"
                 raise ValueError(f"condition must have shape (n, {self.prompt}) for this sampler, got {got}")
-            bias = bias + prompt @ params["w1"][4:]
-        h = torch.nn.functional.softplus(torch.addmm(bias, x, params["w1"][:2]))
-        h = torch.nn.functional.softplus(torch.addmm(params["b2"], h, params["w2"]))
-        return torch.addmm(params["b3"], h, params["w3"])
+            seen.append(prompt)
+        h = torch.cat(seen, 1)
+        h = torch.nn.functional.softplus(h @ params["w1"] + params["b1"])
+        h = torch.nn.functional.softplus(h @ params["w2"] + params["b2"])
+        return h @ params["w3"] + params["b3"]
 
     def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
         beta, alpha_bar = self.beta[t - 1], self.alpha_bar[t - 1]
-        step = x.new_tensor(t)
-        return (x - beta / (1 - alpha_bar).sqrt() * self.epsilon(params, x, step, condition)) / (1 - beta).sqrt()
+        steps = torch.full((len(x),), float(t), dtype=x.dtype)
+        return (x - beta / (1 - alpha_bar).sqrt() * self.epsilon(params, x, steps, condition)) / (1 - beta).sqrt()
 
     def std(self, t: int) -> float:
         return float(self.beta[t - 1].sqrt())
