@@ -108,7 +108,9 @@ def judged(context: Context, params: Params) -> tuple[np.ndarray, np.ndarray, np
     roll, _ = charged_rollout(made.chain, params, objective, noise, condition)
     with torch.no_grad():
         reward = made.objective.reward(roll.latents[0], condition.reward)
-        images = made.decode(roll.latents[0][:SHOWN], condition.reward[:SHOWN] if condition.reward is not None else None)
+        images = made.decode(
+            roll.latents[0][:SHOWN], condition.reward[:SHOWN] if condition.reward is not None else None
+        )
     return reward.numpy(), roll.costs.sum(0).numpy(), images[:, 0].numpy()
 
 

@@ -147,7 +147,10 @@ SINGLE_LOOP = Claim(
             ("θ₁", "θ₂"),
             Wins(),
             near_parameters(),
-            {name: near_parameters(name) for name in ("the covariance with the other sign", "the learning rate doubled")},
+            {
+                name: near_parameters(name)
+                for name in ("the covariance with the other sign", "the learning rate doubled")
+            },
             margin_from=f"{CLOSE:g}, less than a tenth of the way that θ₁ has gone, from pilot runs of another root seed; a sign test over {RUNS} runs",
         ),
     ),
@@ -165,7 +168,15 @@ def ahead(first: tuple[str, int], second: tuple[str, int], by: float = 0.0) -> P
     return of
 
 
-def versus(name: str, question: str, coordinate: str, first: tuple[str, int], second: tuple[str, int], by: float = 0.0, why: str = "no margin") -> Check:
+def versus(
+    name: str,
+    question: str,
+    coordinate: str,
+    first: tuple[str, int],
+    second: tuple[str, int],
+    by: float = 0.0,
+    why: str = "no margin",
+) -> Check:
     return Check(
         name, "statistical", question, (coordinate,), Wins(), ahead(first, second, by), {"the order reversed": ahead(second, first, by)},
         margin_from=f"a sign test over {RUNS} runs: {why}",
@@ -244,7 +255,9 @@ def divergences(found: Course) -> np.ndarray:
 def scratch(context: Context, sign: float = 1.0) -> Course:
     """Trainings from scratch; with sign -1 they climb."""
     way, stream = Way(gradient="reference", sign=sign), root(context).child("scratch", int(sign))
-    return run(SCRATCH, way, SCRATCH_UPDATES, stream, context.cache, RUNS, points=60, judged=np.tile(SCRATCH.target, (RUNS, 1)))
+    return run(
+        SCRATCH, way, SCRATCH_UPDATES, stream, context.cache, RUNS, points=60, judged=np.tile(SCRATCH.target, (RUNS, 1))
+    )
 
 
 def learned(sign: float = 1.0, update: int = -1) -> Pairs:
@@ -300,7 +313,9 @@ def _six(context: Context) -> tuple[Figure, Figure]:
     def panels(of: Callable[[Course], np.ndarray], *more: Series) -> tuple[Panel, ...]:
         by_updates = [_band(name, found[name].updates, of(found[name])) for name in loops]
         by_steps = [_band(name, c.updates * WAYS[name][0].inner, of(c)) for name, c in found.items()]
-        return Panel("by updates: the loops that learn", (*by_updates, *more)), Panel("by sampling steps", (*by_steps, *more))
+        return Panel("by updates: the loops that learn", (*by_updates, *more)), Panel(
+            "by sampling steps", (*by_steps, *more)
+        )
 
     single, nested = found[SINGLE], found[NESTED]
     reward = Figure(
@@ -336,14 +351,21 @@ def _six(context: Context) -> tuple[Figure, Figure]:
 def _parameters(context: Context) -> Figure:
     found, exactly = course(context, SINGLE), exact(context)
     x = np.arange(len(exactly.thetas))
-    descent = gibbs.descent(gibbs.component_rewards(gibbs.RELEASED.mixture, gibbs.RELEASED.reward), RELEASED.start, RELEASED.rate, UPDATES)
+    descent = gibbs.descent(
+        gibbs.component_rewards(gibbs.RELEASED.mixture, gibbs.RELEASED.reward), RELEASED.start, RELEASED.rate, UPDATES
+    )
     every = slice(None, None, 50)
     panels = []
     for j, name in enumerate(("θ₁, the nearer vertex", "θ₂, the better one")):
         series = [
             _band(f"{RUNS} runs", found.updates, found.thetas[..., j]),
             Series("exact law", _floats(x[every]), _floats(exactly.thetas[every, j]), style="dashed"),
-            Series("exact descent, no sampler", _floats(np.arange(UPDATES + 1)[every]), _floats(descent[every, j]), style="dashed"),
+            Series(
+                "exact descent, no sampler",
+                _floats(np.arange(UPDATES + 1)[every]),
+                _floats(descent[every, j]),
+                style="dashed",
+            ),
         ]
         panels.append(Panel(name, tuple(series)))
     return Figure(
@@ -383,7 +405,15 @@ def _table(context: Context) -> Table:
     for name, (way, updates) in WAYS.items():
         found = course(context, name)
         last, likely = found.rewards[-1], found.likelihoods[-1]
-        rows.append((name, f"{updates}", f"{updates * way.inner}", f"{last.mean():.4f} [{last.min():.4f}, {last.max():.4f}]", f"{likely.mean():.2f}"))
+        rows.append(
+            (
+                name,
+                f"{updates}",
+                f"{updates * way.inner}",
+                f"{last.mean():.4f} [{last.min():.4f}, {last.max():.4f}]",
+                f"{likely.mean():.2f}",
+            )
+        )
     return Table(
         name="implicit-six-ways",
         title="Reward and log-likelihood at the end",

@@ -280,7 +280,9 @@ def kl_batches(sign: float = 1.0, spread: float = 1.0) -> Sampler:
             source = stream.child(i).generator()
             reference, x = points(source, TARGET, spread), points(source, AWAY, 1.0)
             params = {"theta": torch.from_numpy(AWAY).repeat(ROWS, 1).requires_grad_()}
-            loss = KLFromReference(lambda update: reference)(SoftmaxMixture(hexagon(4.0, origin=True), 1.0), params, x, 1)
+            loss = KLFromReference(lambda update: reference)(
+                SoftmaxMixture(hexagon(4.0, origin=True), 1.0), params, x, 1
+            )
             (gradient,) = torch.autograd.grad(sign * loss.sum(), params["theta"])
             return gradient.numpy()
 
