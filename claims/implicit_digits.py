@@ -225,7 +225,7 @@ def _images(context: Context) -> Figure:
     return Figure(
         name="implicit-digits-images",
         title="The same noise, before and after the training",
-        caption="Ten samples re-drawn from the same noise, with the ratio and the updates made: darker above the middle, brighter below. Strokes become thinner or thicker; the background stays dark.",
+        caption="Ten samples re-drawn from the same noise, with the ratio and the updates made: darker above the line “before”, brighter below it. Strokes become thinner or thicker; the background stays dark.",
         alt="Five lines of ten grey digits of 8 by 8 pixels: the same digits with thinner strokes above, unchanged in the second line, thicker and brighter below.",
         kind="images",
         images=(line(DARK, LOOKS), line(MIDDLE, 0), line(MIDDLE, LOOKS), line(STRONG, LOOKS // 2), line(STRONG, LOOKS)),

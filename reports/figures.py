@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
@@ -182,7 +183,8 @@ def _draw_images(canvas: Canvas, figure: Figure) -> None:
         for j, image in enumerate(line):
             left = (names + j * (side + gap)) / WIDTH
             axes = canvas.add_axes((left, bottom / height, side / WIDTH, side / height))
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
+            # Larger than it is, so that viewers that smooth what they enlarge show its pixels.
+            axes.imshow(np.kron(image, np.ones((8, 8))), cmap="gray", vmin=0, vmax=1, interpolation="none")
             axes.set_axis_off()
 
 
