@@ -157,7 +157,12 @@ SINGLE_LOOP = Claim(
             margin_from=f"{CLOSE:g}, less than a tenth of the way that θ₁ has gone, from pilot runs of another root seed; a sign test over {RUNS} runs",
         ),
     ),
-    figures=lambda context: (*_six(shared(context)), _parameters(shared(context)), _clouds(shared(context))),
+    figures=lambda context: (
+        *_six(shared(context)),
+        _parameters(shared(context)),
+        _dynamics(shared(context)),
+        _clouds(shared(context)),
+    ),
     tables=lambda context: (_table(shared(context)),),
 )
 
@@ -354,7 +359,7 @@ FROM_SCRATCH = Claim(
             margin_from=f"a sign test over {RUNS} runs; {LEARNED:g} nats, 1 % of the start's 5.96, from pilot runs",
         ),
     ),
-    figures=lambda context: (_scratch_figure(shared(context)),),
+    figures=lambda context: (_scratch_figure(shared(context)), _scratch_clouds(shared(context))),
 )  # fmt: skip
 
 
@@ -451,7 +456,7 @@ def _clouds(context: Context) -> Figure:
     panels = []
     for name in (name for name, (way, _) in WAYS.items() if way.inner < LONG):
         x = course(context, name).particles[-1][:400]
-        panels.append(Panel(name, (Series("samples", _floats(x[:, 0]), _floats(x[:, 1]), style="points"),)))
+        panels.append(Panel(name, (_scatter("samples", x),)))
     return Figure(
         name="implicit-clouds",
         title="What each way ends with",
@@ -461,6 +466,58 @@ def _clouds(context: Context) -> Figure:
         x_label="x₁",
         y_label="x₂",
         panels=tuple(panels),
+        shared_axes="all",
+    )
+
+
+def _scatter(label: str, x: np.ndarray) -> Series:
+    return Series(label, _floats(x[:, 0]), _floats(x[:, 1]), style="points")
+
+
+def _dynamics(context: Context) -> Figure:
+    """Figure 10: the same particles after more and more sampling steps."""
+    looks: tuple[tuple[str, tuple[int, ...]], ...] = (
+        (SINGLE, (50, 500, 2000, 5000)),
+        (NESTED, (5, 50, 200, 500)),
+        (UNROLLED, (5, 50, 200, 500)),
+    )
+    panels = []
+    for name, updates in looks:
+        found = course(context, name)
+        for update in updates:
+            x = found.particles[int(np.flatnonzero(found.updates == update)[0])][:200]
+            panels.append(Panel(f"{update * WAYS[name][0].inner} steps", (_scatter(name, x),)))
+    return Figure(
+        name="implicit-dynamics",
+        title="Particles on the way, after equal numbers of sampling steps",
+        caption="200 particles of one run. Above the single loop, which has left the nearer vertex by 5000 steps; in the middle the nested loop, which is on its way to it; below the unrolled one, which has hardly moved its weights.",
+        alt="Three rows of four scatter plots: the single loop's particles gather at the right, then at the upper right; the nested loop's gather at the right; the unrolled loop's stay spread over three vertices.",
+        kind="panels",
+        x_label="x₁",
+        y_label="x₂",
+        panels=tuple(panels),
+        panel_columns=4,
+        shared_axes="all",
+    )
+
+
+def _scratch_clouds(context: Context) -> Figure:
+    """Figure 11: particles before, during and after the training, and points of the target."""
+    found = scratch(context)
+    source = root(context).child("scratch", "picture").generator()
+    weights = np.exp(SCRATCH.target) / np.exp(SCRATCH.target).sum()
+    centres = gibbs.hexagon_with_origin(4.0)[source.choice(7, 400, p=weights)]
+    clouds = [(f"after {found.updates[i]} updates", found.particles[i][:400]) for i in (0, 30, 32, 60)]
+    clouds.append(("the target", centres + source.standard_normal((400, 2))))
+    return Figure(
+        name="implicit-from-scratch-clouds",
+        title="From one Gaussian to the target's mixture",
+        caption=f"400 particles of one run, and as many points of the target. At update {found.updates[30]} the divergence has begun to fall, and the particles are still where they were: they follow within some twenty steps.",
+        alt="Five scatter plots: one blob at the origin, the same again, points spreading from it to three vertices, and blobs at these vertices as in the target's plot.",
+        kind="panels",
+        x_label="x₁",
+        y_label="x₂",
+        panels=tuple(Panel(title, (_scatter("particles", x),)) for title, x in clouds),
         shared_axes="all",
     )
 
