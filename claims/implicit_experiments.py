@@ -304,7 +304,7 @@ AS_PRINTED = Claim(
             Wins(),
             unmoved(),
             {"the code's constants": unmoved(released=True)},
-            margin_from=f"a sign test over {RUNS} runs; {CLOSE:g} from pilot runs of another root seed",
+            margin_from=f"a sign test over {RUNS} runs; {CLOSE:g} from pilot runs on other streams",
         ),
     ),
 )  # fmt: skip
