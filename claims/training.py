@@ -54,8 +54,12 @@ def shared(context: Context) -> Context:
 class Wins:
     """In more than half of all training runs the first method of each pair ends above the second: a sign test.
 
-    The interval is Clopper-Pearson's, its error split over the pairs; a tie counts against the statement.
+    The interval is Clopper-Pearson's, its error split over the pairs; a tie counts against the statement. A check that
+    was looked at before with other draws pays for all its looks, so that the first verdicts are part of the same error.
     """
+
+    def __init__(self, looks: int = 1) -> None:
+        self.looks = looks
 
     def __call__(
         self, subject: Callable[[Context], list[tuple[np.ndarray, np.ndarray]]], context: Context
@@ -63,7 +67,7 @@ class Wins:
         pairs = subject(shared(context))
         won = np.array([int((a > b).sum()) for a, b in pairs])
         trials = np.array([len(a) for a, _ in pairs])
-        confidence = 1 - context.alpha / len(pairs)
+        confidence = 1 - context.alpha / (self.looks * len(pairs))
         limits = [clopper_pearson(int(k), int(n), confidence) for k, n in zip(won, trials, strict=True)]
         lower, upper = (np.array(side) - 0.5 for side in zip(*limits, strict=True))
         decided = int(np.argmin(lower))
