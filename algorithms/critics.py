@@ -72,6 +72,19 @@ class MLPCritic:
         last = len(self.hidden)
         return linear(h, params[f"weight{last}"], params[f"bias{last}"]).squeeze(1)
 
+    def forward(self, params: Params, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the scores (n,) and what `backward` needs."""
+        kept, last = [x.flatten(1)], len(self.hidden)
+        for i in range(last):
+            kept.append(torch.relu_(linear(kept[-1], params[f"weight{i}"], params[f"bias{i}"])))
+        return linear(kept[-1], params[f"weight{last}"], params[f"bias{last}"]).squeeze(1), kept
+
+    def backward(self, params: Params, kept: list[Tensor], slope: Tensor, out: Params) -> None:
+        """Write the gradient of the sum of slope (n,) * scores to `out`."""
+        slope = _last_backward(params, kept[-1], slope, out, len(self.hidden))
+        for i in reversed(range(len(self.hidden))):
+            slope = _linear_backward(params, kept[i], _through_relu(slope, kept[i + 1]), out, i)
+
 
 @dataclass(frozen=True)
 class MLPValue:
@@ -109,6 +122,38 @@ class MLPValue:
             else:
                 h = torch.relu_(gain * linear(h, weight, bias))
         return linear(h, params[f"weight{last}"], params[f"bias{last}"]).squeeze(2)
+
+    def forward(self, params: Params, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the values (T, n) of states (T, n, *shape) at all steps, and what `backward` needs."""
+        kept, last = [x.flatten(2)], len(self.hidden)
+        for i in range(last):
+            h, weight, bias, gain = kept[-1], params[f"weight{i}"], params[f"bias{i}"], params[f"gain{i}"][:, None]
+            if h.shape[2] < h.shape[1]:  # as above
+                before = gain * weight.T
+                after = torch.baddbmm(gain * bias, h, before)
+            else:
+                before = linear(h, weight, bias)
+                after = gain * before
+            kept += [before, torch.relu_(after)]
+        return linear(kept[-1], params[f"weight{last}"], params[f"bias{last}"]).squeeze(2), kept
+
+    def backward(self, params: Params, kept: list[Tensor], slope: Tensor, out: Params) -> None:
+        """Write the gradient of the sum of slope (T, n) * values to `out`."""
+        slope = _last_backward(params, kept[-1].flatten(0, 1), slope.flatten(), out, len(self.hidden))
+        for i in reversed(range(len(self.hidden))):
+            h, before, after = kept[2 * i : 2 * i + 3]
+            weight, bias, gain = params[f"weight{i}"], params[f"bias{i}"], params[f"gain{i}"]
+            slope = _through_relu(slope, after.flatten(0, 1)).view_as(after)
+            if h.shape[2] < h.shape[1]:
+                of_weight, of_bias = torch.bmm(h.transpose(1, 2), slope), slope.sum(1)
+                out[f"weight{i}"].copy_((of_weight * gain[:, None]).sum(0).T)
+                torch.sum(of_bias * gain, 0, out=out[f"bias{i}"])
+                torch.add((of_weight * weight.T).sum(1), of_bias * bias, out=out[f"gain{i}"])
+                if i:
+                    slope = torch.bmm(slope, before.transpose(1, 2)).flatten(0, 1)
+            else:
+                torch.sum(before.mul_(slope), 1, out=out[f"gain{i}"])
+                slope = _linear_backward(params, h.flatten(0, 1), slope.mul_(gain[:, None]).flatten(0, 1), out, i)
 
 
 @dataclass(frozen=True)
@@ -214,6 +259,37 @@ def baseline_penalty(values: Tensor, score: Tensor, again: Tensor | None = None)
     return (error * (error if again is None else values - again)).sum(0).mean()
 
 
+def baseline_gradients(
+    critic: MLPCritic,
+    params: Params,
+    value: MLPValue,
+    value_params: Params,
+    latents: Tensor,
+    data: Tensor,
+    strength: float,
+    out: tuple[Params, Params],
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of strength * R_B - g, R_B with one score per roll-out, to `out`; return g and R_B, ().
+
+    The same as autograd's, by hand, in half the time: networks this small cost their book-keeping.
+
+    Args:
+        latents: (T + 1, n, *shape), `latents[t]` is x_t.
+        data: (n, *shape).
+        out: tensors shaped as the critic's and the baseline's parameters, and contiguous.
+    """
+    with torch.no_grad():
+        scores, kept = critic.forward(params, torch.cat([latents[0], data]))
+        values, kept_values = value.forward(value_params, latents[1:])
+        of_generated, of_data = scores.split(len(data))
+        error = values - of_generated
+        pull = error * (2 * strength / len(data))
+        slope = torch.cat([-1 / len(data) - pull.sum(0), of_data.new_full(of_data.shape, 1 / len(data))])
+        critic.backward(params, kept, slope, out[0])
+        value.backward(value_params, kept_values, pull, out[1])
+        return of_generated.mean() - of_data.mean(), (error * error).sum(0).mean()
+
+
 def continuations(
     chain: Chain, params: Params, latents: Tensor, generator: torch.Generator, condition: Condition = None
 ) -> Tensor:
@@ -242,6 +318,28 @@ def spectrally_normalised(params: Params) -> Params:
     keep a running estimate.
     """
     return {name: p if p.dim() < 2 else p / torch.linalg.matrix_norm(p.flatten(1), 2) for name, p in params.items()}
+
+
+def _last_backward(params: Params, h: Tensor, slope: Tensor, out: Params, i: int) -> Tensor:
+    """Write the gradient of the last layer, with one output; return that of its inputs h (m, width)."""
+    column = slope[:, None]
+    out[f"weight{i}"].copy_(torch.mm(column.T, h))
+    torch.sum(column, 0, out=out[f"bias{i}"])
+    return column * params[f"weight{i}"]
+
+
+def _linear_backward(params: Params, h: Tensor, slope: Tensor, out: Params, i: int) -> Tensor:
+    """Write the gradient of layer i, whose outputs have the gradient slope (m, width); return that of its inputs h.
+
+    Nobody asks for the first layer's.
+    """
+    torch.mm(slope.T, h, out=out[f"weight{i}"])
+    torch.sum(slope, 0, out=out[f"bias{i}"])
+    return torch.mm(slope, params[f"weight{i}"]) if i else slope
+
+
+def _through_relu(slope: Tensor, after: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(slope, after, 0)
 
 
 def _linear_layers(widths: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Params:

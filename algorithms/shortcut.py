@@ -12,6 +12,7 @@ roll-outs and data, then `generator_steps` ascents of E[-f(x_0)] in the sampler,
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from algorithms.critics import (
     MLPValue,
     Value,
     ValueBaseline,
+    baseline_gradients,
     baseline_penalty,
     continuations,
     evaluate,
@@ -259,7 +261,9 @@ class _Rounds:
         self._initial, self._division, self._data = adversary, division, data.detach()
         kernel = isinstance(adversary.critic, KernelCritic)
         self._witness = _copies(adversary.params) if kernel else {}
-        self._vector, (self._critic, self._value) = _packed({} if kernel else adversary.params, adversary.value_params)
+        networks = ({} if kernel else adversary.params, adversary.value_params)
+        self._vector, (self._critic, self._value) = _packed(*networks)
+        self._vector.grad, self._slopes = _packed(*networks, leaves=False)
         rate, betas = method.critic_learning_rate, method.critic_betas
         self._optimizer = (
             torch.optim.Adam([self._vector], lr=rate, betas=betas, fused=True) if len(self._vector) else None
@@ -418,6 +422,12 @@ class _Rounds:
     ) -> tuple[float, float]:
         """Ascend g - strength * penalty on roll-outs (T + 1, n, *shape); return both terms as they were before."""
         kind, generated, effective = self.method.regulariser, latents[0], self._effective()
+        critic, network = self._initial.critic, self._initial.value
+        if kind == "baseline" and type(critic) is MLPCritic and type(network) is MLPValue:
+            strength, out = self.method.strength, (self._slopes[0], self._slopes[1])
+            seen = baseline_gradients(critic, self._critic, network, self._value, latents, data, strength, out)
+            self._step()
+            return float(seen[0]), float(seen[1])
 
         def score(x: Tensor) -> Tensor:
             return evaluate(self._initial.critic, effective, x)
@@ -450,13 +460,18 @@ class _Rounds:
         return float(critic.distance(generated, data)), 0.0
 
     def _descend(self, loss: Tensor) -> None:
-        assert self._optimizer is not None
         leaves = [*self._critic.values(), *self._value.values()]
         grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        self._vector.grad = torch.cat([grad.flatten() for grad in grads])
-        if not bool(torch.linalg.vector_norm(self._vector.grad).isfinite()):
-            names = [*self._critic, *self._value]
-            bad = [name for name, grad in zip(names, grads, strict=True) if not bool(grad.isfinite().all())]
+        torch.cat([grad.flatten() for grad in grads], out=self._vector.grad)
+        self._step()
+
+    def _step(self) -> None:
+        """Move critic and baseline against the gradient at hand."""
+        assert self._optimizer is not None
+        assert self._vector.grad is not None
+        if not math.isfinite(torch.linalg.vector_norm(self._vector.grad).item()):
+            slopes = [*self._slopes[0].items(), *self._slopes[1].items()]
+            bad = [name for name, slope in slopes if not bool(slope.isfinite().all())]
             where = ", ".join(bad) or "its norm"
             raise FloatingPointError(f"the gradient of the critic or the baseline is not finite, in {where}")
         self._optimizer.step()
@@ -537,15 +552,17 @@ def _check(chain: Chain, data: Tensor, adversary: Adversary, method: ShortcutFin
         evaluate(adversary.critic, adversary.params, data[:2].to(like))
 
 
-def _packed(*networks: Params) -> tuple[Tensor, list[Params]]:
-    """Copy parameters into one vector, and return it and leaves that are its parts.
+def _packed(*networks: Params, leaves: bool = True) -> tuple[Tensor, list[Params]]:
+    """Copy parameters into one vector, and return it and its parts, as leaves.
 
     Adam moves the vector: going over the leaves of a small network costs it more than the arithmetic.
     """
     every = [p.detach() for params in networks for p in params.values()]
     vector = torch.cat([p.flatten() for p in every]) if every else torch.empty(0)
     parts = iter(vector.split([p.numel() for p in every]))
-    return vector, [{k: next(parts).view(p.shape).requires_grad_() for k, p in params.items()} for params in networks]
+    return vector, [
+        {k: next(parts).view(p.shape).requires_grad_(leaves) for k, p in params.items()} for params in networks
+    ]
 
 
 def _copies(params: Params) -> Params:

@@ -168,18 +168,40 @@ class DirectionalSources:
         raise ValueError("the parameter-noise column has no source of its own to be read out")
 
 
-class Directional:
-    """Each sample's gradient along one direction of the parameters, `total`: (n,). No per-sample gradient is kept."""
+Derivatives = dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor, Tensor]]
+"""Of steps that all samples visited, by t and which running costs they are: states, derivatives of means and costs."""
 
-    def __init__(self, params: Params, samples: int, direction: Params) -> None:
+
+class Directional:
+    """Each sample's gradient along one direction of the parameters, `total`: (n,). No per-sample gradient is kept.
+
+    Args:
+        known: derivatives of the steps along this direction at these parameters, kept for other sweeps over the same
+            roll-outs: steps that it holds are not differentiated again.
+    """
+
+    def __init__(self, params: Params, samples: int, direction: Params, known: Derivatives | None = None) -> None:
         self.total = next(iter(params.values())).new_zeros(samples)
-        self._params, self._direction = params, direction
+        self._params, self._direction, self._known = params, direction, known
 
     def step(self, step: Step, costates: Costates, row: Tensor, wanted: list[int]) -> Costates:
         cotangent, direct = mixed(row, costates)
-        mean, cost = _along(step, self._params, self._direction)
+        mean, cost = self._derivatives(step)
         self.total[step.samples] += (cotangent * mean).flatten(1).sum(1) - direct * cost
         return _pulled(step, self._params, {k: costates[k] for k in wanted})
+
+    def _derivatives(self, step: Step) -> tuple[Tensor, Tensor]:
+        if self._known is None or step.perturbation is not None:
+            return _along(step, self._params, self._direction)
+        key = step.t, tuple(map(id, step.objective.running_costs))
+        if key in self._known:
+            x, mean, cost = (each[step.samples] for each in self._known[key])
+            if torch.equal(x, step.x):
+                return mean, cost
+        mean, cost = _along(step, self._params, self._direction)
+        if len(step.x) == len(self.total):
+            self._known[key] = step.x, mean, cost
+        return mean, cost
 
     def noise(self, coefficient: Tensor, unit: Params, samples: slice) -> None:
         along = sum((self._direction[name] * xi).flatten(1).sum(1) for name, xi in unit.items())

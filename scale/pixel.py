@@ -71,7 +71,15 @@ def load_unet(path: str, dtype: torch.dtype = torch.float32, revision: str | Non
     )
     if not network.config.num_class_embeds:
         raise ValueError(f"model.path: the U-Net in {path!r} is told no class (num_class_embeds is not set)")
-    return network.eval().requires_grad_(False), scheduler
+    return _of_known_dtype(network.eval().requires_grad_(False)), scheduler
+
+
+def _of_known_dtype(network: Any) -> Any:
+    """Let a network take its dtype from its first parameter: diffusers walks all modules to find it, twice a call."""
+    kind = type(network)
+    found = {"dtype": property(lambda self: next(self.parameters()).dtype), "__module__": kind.__module__}
+    network.__class__ = type(kind.__name__, (kind,), found)
+    return network
 
 
 def _download(path: str, revision: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -61,24 +62,28 @@ class MLPChain:
             ValueError: if the sampler takes a prompt and gets none, or one of another size.
         """
         angle = torch.pi * t[:, None] / self.steps
-        seen = [x, angle.sin(), angle.cos()]
+        return self._network(params, [x, angle.sin(), angle.cos()], prompt)
+
+    def _network(self, params: Params, seen: list[Tensor], prompt: Tensor | None) -> Tensor:
+        """Return the predicted noise for states, and sin and cos of the time, in columns."""
         if self.prompt:
             if prompt is None or prompt.shape[1:] != (self.prompt,):
                 got = "none" if prompt is None else f"shape {tuple(prompt.shape)}"
                 raise ValueError(f"condition must have shape (n, {self.prompt}) for this sampler, got {got}")
-            seen.append(prompt)
+            seen = [*seen, prompt]
         h = torch.cat(seen, 1)
-        h = torch.nn.functional.softplus(h @ params["w1"] + params["b1"])
-        h = torch.nn.functional.softplus(h @ params["w2"] + params["b2"])
-        return h @ params["w3"] + params["b3"]
+        h = torch.nn.functional.softplus(torch.addmm(params["b1"], h, params["w1"]))
+        h = torch.nn.functional.softplus(torch.addmm(params["b2"], h, params["w2"]))
+        return torch.addmm(params["b3"], h, params["w3"])
 
     def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
-        beta, alpha_bar = self.beta[t - 1], self.alpha_bar[t - 1]
-        steps = torch.full((len(x),), float(t), dtype=x.dtype)
-        return (x - beta / (1 - alpha_bar).sqrt() * self.epsilon(params, x, steps, condition)) / (1 - beta).sqrt()
+        beta, alpha_bar, angle = self.beta[t - 1].item(), self.alpha_bar[t - 1].item(), math.pi * t / self.steps
+        time = x.new_tensor([[math.sin(angle), math.cos(angle)]]).expand(len(x), 2)
+        epsilon = self._network(params, [x, time], condition)
+        return (x - beta / math.sqrt(1 - alpha_bar) * epsilon) / math.sqrt(1 - beta)
 
     def std(self, t: int) -> float:
-        return float(self.beta[t - 1].sqrt())
+        return math.sqrt(self.beta[t - 1].item())
 
 
 def train(

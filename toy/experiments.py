@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from algorithms.chain import Chain, Noise, Params, rollout
 from algorithms.division import Division
 from algorithms.estimators import Estimator, policy_gradient
 from algorithms.objective import Objective
+from algorithms.sweep import Directional
 from verdicts.streams import Stream
 
 Block = Callable[[int], np.ndarray]
@@ -81,6 +83,35 @@ def gradients(
     return sampler
 
 
+@dataclass(frozen=True, eq=False)
+class _Replayed:
+    """A chain that remembers the last means that it gave without a graph, for one set of parameters."""
+
+    chain: Chain
+    given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return self.chain.steps
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.chain.shape
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return self.chain.initial(noise)
+
+    def std(self, t: int) -> float:
+        return self.chain.std(t)
+
+    def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() or condition is not None:
+            return self.chain.mean(params, x, t, condition)
+        if t not in self.given or not torch.equal(self.given[t][0], x):
+            self.given[t] = x, self.chain.mean(params, x, t, None)
+        return self.given[t][1]
+
+
 def directional_differences(
     chain: Chain,
     params: Params,
@@ -97,11 +128,16 @@ def directional_differences(
     def sampler(stream: Stream) -> Block:
         def block(index: int) -> np.ndarray:
             noise = against.draw(chain, params, size, generator(stream, index))
-            columns = [
-                estimator.directional(chain, params, objective, noise, direction)
-                - against.directional(chain, params, objective, noise, direction)
-                for objective, estimator in pairs
-            ]
+            # All these sweeps make the same roll-outs and visit the steps at the same states: once is enough.
+            replayed, known = _Replayed(chain), dict[Any, Any]()
+
+            def along(estimator: Estimator, objective: Objective) -> Tensor:
+                readout = Directional(params, size, direction, known)
+                copies = estimator.feed(replayed, params, objective, noise, None, readout)
+                return readout.total / len(copies)
+
+            firsts = [along(against, objective) for objective, _ in pairs]
+            columns = [along(e, objective) - first for (objective, e), first in zip(pairs, firsts, strict=True)]
             return torch.stack(columns, 1).numpy()
 
         return block

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,25 +249,60 @@ def fit(
     """Train one sampler for each stream on its own points, (seeds, n, 2), all by one network call an update."""
     drawn = [initial_parameters(chain, width, stream) for stream in streams]
     shapes = {name: p.shape for name, p in drawn[0].items()}
-    leaves = {name: _whole_lanes(torch.stack([p[name] for p in drawn])).requires_grad_() for name in shapes}
+    parts = {name: _whole_lanes(torch.stack([p[name] for p in drawn])) for name in shapes}
+    # Adam moves one vector, of which the parameters are parts: so small a network costs its book-keeping.
+    vector = torch.cat([part.flatten() for part in parts.values()])
+    vector.grad = torch.zeros_like(vector)
+    params, slopes = ({name: _shaped(p, shapes[name]) for name, p in _parts(v, parts)} for v in (vector, vector.grad))
     generators = [torch.Generator().manual_seed(stream.child("training").integer()) for stream in streams]
-    optimizer = torch.optim.Adam(leaves.values(), lr=rate, fused=True)
+    optimizer = torch.optim.Adam([vector], lr=rate, fused=True)
     for begin in range(0, updates, BLOCK):
         block = min(BLOCK, updates - begin)
         for offset, (x, t, noise) in enumerate(zip(*_block(chain, points, generators, batch), strict=True)):
             if offset == block:
                 break
             optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * (begin + offset) / updates)) / 2
-            params = {name: _shaped(leaf, shapes[name]) for name, leaf in leaves.items()}
-            # The sum over seeds keeps each seed's gradient as it is alone.
-            loss = (chain.epsilon(params, x, t) - noise).square().mean((1, 2)).sum()
-            optimizer.zero_grad()
-            loss.backward()
+            _gradients(chain, params, x, t, noise, slopes)
             optimizer.step()
         if progress is not None:
             progress(begin + block, updates)
-    trained = {name: _shaped(leaf.detach(), shapes[name]) for name, leaf in leaves.items()}
-    return [{name: p[s].clone() for name, p in trained.items()} for s in range(len(streams))]
+    return [{name: p[s].clone() for name, p in params.items()} for s in range(len(streams))]
+
+
+def _gradients(chain: StepConditionedChain, params: Params, x: Tensor, t: Tensor, noise: Tensor, out: Params) -> None:
+    """Write the gradient of every seed's mean squared error to `out`; what autograd computes, in half the time.
+
+    Args:
+        x, noise: (seeds, batch, 2); t: (seeds, batch).
+        out: tensors like the parameters.
+    """
+    table = params["scale"].reshape(-1, LAYERS * params["scale"].shape[-1])
+    rows = t - 1 + chain.steps * torch.arange(len(t))[:, None]
+    scales = torch.nn.functional.embedding(rows, table).unflatten(-1, (LAYERS, -1)).unbind(-2)
+    hidden, affine, scaled = [x], [], []
+    for layer, scale in enumerate(scales, 1):
+        affine.append(_affine(hidden[-1], params[f"w{layer}"], params[f"b{layer}"]))
+        scaled.append(scale * affine[-1])
+        hidden.append(torch.nn.functional.softplus(scaled[-1]))
+    error = _affine(hidden[-1], params["w4"], params["b4"]) - noise
+    slope, of_scales = error.mul_(2 / noise[0].numel()), []
+    for layer in range(LAYERS + 1, 0, -1):
+        torch.bmm(hidden[layer - 1].transpose(1, 2), slope, out=out[f"w{layer}"])
+        torch.sum(slope, 1, out=out[f"b{layer}"])
+        if layer > 1:
+            slope = torch.bmm(slope, params[f"w{layer}"].transpose(1, 2))
+            slope = torch.ops.aten.softplus_backward(slope, scaled[layer - 2], 1, 20)
+            of_scales.append(slope * affine[layer - 2])
+            slope.mul_(scales[layer - 2])
+    of_table = torch.stack(of_scales[::-1], -2).flatten(-2)
+    found = torch.ops.aten.embedding_dense_backward(of_table, rows, len(table), -1, False)
+    out["scale"].copy_(found.view_as(params["scale"]))
+
+
+def _parts(vector: Tensor, like: Params) -> Iterator[tuple[str, Tensor]]:
+    """Give the parts of a vector, by name, shaped as those it was made of."""
+    pieces = vector.split([p.numel() for p in like.values()])
+    return ((name, piece.view(p.shape)) for (name, p), piece in zip(like.items(), pieces, strict=True))
 
 
 def _whole_lanes(values: Tensor) -> Tensor:
@@ -284,7 +319,7 @@ def _shaped(leaf: Tensor, shape: torch.Size) -> Tensor:
     """Undo `_whole_lanes`."""
     if leaf.shape[1:] == shape:
         return leaf
-    return leaf[:, : shape.numel()].reshape(-1, *shape)
+    return leaf[:, : shape.numel()].view(-1, *shape)
 
 
 def _block(

@@ -16,6 +16,7 @@ from algorithms.critics import (
     MLPCritic,
     MLPValue,
     ValueBaseline,
+    baseline_gradients,
     baseline_penalty,
     continuations,
     evaluate,
@@ -569,3 +570,27 @@ def test_a_critic_that_blows_up_stops_the_run():
     trainer = build(adversary=adversary)
     with pytest.raises(FloatingPointError, match="of the critic or the baseline is not finite"):
         trainer.run()
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2)])
+@pytest.mark.parametrize(
+    ("n", "hidden", "value_hidden"), [(5, (16, 8), (4, 7)), (12, (6,), (20, 5, 9)), (1, (3, 3), (2,))]
+)
+def test_gradients_by_hand_are_those_of_autograd(n, hidden, value_hidden, shape):
+    d, g, strength = math.prod(shape), generator(7), 0.3
+    critic, value = MLPCritic(d, hidden), MLPValue(d, 4, value_hidden)
+    params, value_params = critic.initial(g, DOUBLE), value.initial(g, DOUBLE)
+    value_params = {k: p * torch.rand(p.shape, generator=g, dtype=DOUBLE) for k, p in value_params.items()}
+    latents = torch.randn(5, n, *shape, generator=g, dtype=DOUBLE)
+    real = torch.randn(n, *shape, generator=g, dtype=DOUBLE)
+    out = tuple({k: torch.full_like(p, torch.nan) for k, p in each.items()} for each in (params, value_params))
+    found = baseline_gradients(critic, params, value, value_params, latents, real, strength, out)
+
+    leaves = [p.requires_grad_() for p in (*params.values(), *value_params.values())]
+    generated, of_data = evaluate(critic, params, latents[0]), evaluate(critic, params, real)
+    gap = generated.mean() - of_data.mean()
+    penalty = baseline_penalty(value(value_params, latents[1:], torch.arange(1, 5)), generated)
+    grads = torch.autograd.grad(strength * penalty - gap, leaves)
+    torch.testing.assert_close(found, (gap.detach(), penalty.detach()))
+    for (name, ours), grad in zip([*out[0].items(), *out[1].items()], grads, strict=True):
+        torch.testing.assert_close(ours, grad, rtol=1e-12, atol=1e-13, msg=name)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from algorithms.chain import rollout
-from algorithms.estimators import first_order, half_order, truncated
-from algorithms.objective import Objective
+from algorithms.estimators import Estimator, antithetic, first_order, half_order, truncated
+from algorithms.objective import Objective, kl_regularised
 from theory import schedules
 from theory.mixture import GaussianMixture
 from toy.experiments import directional_differences, generator, gradients, mapped, statistics
@@ -69,6 +69,21 @@ def test_directional_differences_are_inner_products_of_per_sample_gradients() ->
     pairs = [(SINE, half_order(4, 2)), (BUMP, truncated(4, 2))]
     expected = np.stack([along(o, e) - along(o, first_order(4)) for o, e in pairs], 1)
     np.testing.assert_allclose(SAMPLERS["directional"](ROOT)(0), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_directional_differences_do_not_take_one_roll_out_for_another() -> None:
+    """An antithetic copy visits the same steps at other states, a running cost has derivatives of its own."""
+    charged = kl_regularised(SINE, 0.4, {name: 0.5 * p for name, p in PARAMS.items()})
+    pairs = [(SINE, antithetic(half_order(4, 2), "chain")), (charged, first_order(4)), (SINE, first_order(4))]
+    found = directional_differences(CHAIN, PARAMS, pairs, truncated(4, 3), PARAMS, size=24)(ROOT)(0)
+    noise = truncated(4, 3).draw(CHAIN, PARAMS, 24, generator(ROOT, 0))
+
+    def along(objective: Objective, estimator: Estimator) -> torch.Tensor:
+        return estimator.directional(CHAIN, PARAMS, objective, noise, PARAMS)
+
+    expected = torch.stack([along(o, e) - along(o, truncated(4, 3)) for o, e in pairs], 1).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
+    assert np.abs(expected).min(0).max() > 0
 
 
 def test_statistics_are_of_the_output() -> None:

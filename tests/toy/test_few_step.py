@@ -217,6 +217,22 @@ def test_training_is_adam_on_the_mean_squared_error_with_a_cosine_rate() -> None
         assert (value - expected.get_parameter(name)).abs().max() < 1e-3 * moved, name
 
 
+@pytest.mark.parametrize(("seeds", "width"), [(1, 16), (3, 10)])
+def test_gradients_by_hand_are_those_of_autograd(seeds: int, width: int) -> None:
+    chain, source = StepConditionedChain.of(schedule(4)), torch.Generator().manual_seed(5)
+    drawn = [initial_parameters(chain, width, Stream(4).child("by hand", seed)) for seed in range(seeds)]
+    params = {name: torch.stack([p[name] for p in drawn]).double().requires_grad_() for name in drawn[0]}
+    x, noise = torch.randn(2, seeds, 6, 2, generator=source, dtype=torch.float64)
+    t = torch.randint(1, 5, (seeds, 6), generator=source)
+    loss = (chain.epsilon(params, x, t) - noise).square().mean((1, 2)).sum()
+    expected = torch.autograd.grad(loss, list(params.values()))
+    out = {name: torch.full_like(p, torch.nan) for name, p in params.items()}
+    with torch.no_grad():
+        few_step._gradients(chain, params, x, t, noise, out)
+    for found, grad in zip(out.values(), expected, strict=True):
+        torch.testing.assert_close(found, grad, rtol=1e-12, atol=1e-14)
+
+
 def test_batches_are_the_forward_process_of_the_points_at_every_step() -> None:
     """With one training point, (x_t - sqrt(alpha_bar_t) x_0) / noise is sqrt(1 - alpha_bar_t), for t = 1..T alike."""
     point = torch.tensor([[[0.5, -0.25]]])
