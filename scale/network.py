@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,23 @@ class NetworkChain:
         seen = self.sampler.network_input(x, t)
         return self.sampler.mean(x, self.output(params, seen, self.sampler.timesteps[t - 1], condition), t)
 
+    def predict(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
+        """Return the noise in x_t = x (n, *shape) that the output stands for, after guidance, (n, *shape)."""
+        seen = self.sampler.network_input(x, t)
+        return self.sampler.noise(x, self.output(params, seen, self.sampler.timesteps[t - 1], condition), t)
+
+    def denoised(self, x: Tensor, epsilon: Tensor, t: int) -> Tensor:
+        """Return x_0-hat of x_t = x and the noise in it, all (n, *shape), before the sampler clips it."""
+        return self.sampler.denoised(x, epsilon, t)
+
+    def step(self, x: Tensor, epsilon: Tensor, t: int) -> Tensor:
+        """Return the mean of x_{t-1} given x_t = x and the noise in it, all (n, *shape)."""
+        return self.sampler.step(x, epsilon, t)
+
+    def noise_level(self, t: int) -> float:
+        """Return the standard deviation of the noise in x_t."""
+        return self.sampler.noise_level(t)
+
     def finish(self, x0: Tensor, condition: Tensor | None) -> Tensor:
         """Make the noise-free last step that was frozen out of the chain, with the network as it was given."""
         if not self.sampler.frozen_last or self.sampler.finish_timestep is None:
@@ -104,10 +122,26 @@ class NetworkChain:
             own = dict(self.network.named_parameters())
             params = {name: p.to(own[name].dtype) for name, p in params.items()}
         with _derivatives(x, params):
+            # Whether parameters are tied to others is asked of the network once: at every call it takes milliseconds.
             output = functional_call(
-                self.network, params, (x.to(dtype), timestep.to(x.device)), {self.told: given, "return_dict": False}
+                self.network,
+                params,
+                (x.to(dtype), timestep.to(x.device)),
+                {self.told: given, "return_dict": False},
+                tie_weights=has_ties(self.network),
             )
         return output[0].to(x.dtype)
+
+
+def has_ties(network: nn.Module) -> bool:
+    """Return whether one tensor stands under two names. Tensors that are tied later are not seen."""
+    if network not in _TIES:
+        tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+        _TIES[network] = len({id(tensor) for _, tensor in tensors}) < len(tensors)
+    return _TIES[network]
+
+
+_TIES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager

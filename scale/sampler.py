@@ -36,6 +36,8 @@ class Step:
 
     Attributes:
         predict: coefficients of x and of the output in the predicted x_0.
+        noise: coefficients of x and of the output in the predicted noise.
+        level: standard deviation of the noise in x.
         from_x0, from_x, from_output: coefficients of the mean.
         std: standard deviation of the noise; 0 for a deterministic step.
         forward: (a, b): the forward process from the noise level where the step ends to the one where it starts maps x
@@ -44,6 +46,8 @@ class Step:
     """
 
     predict: Linear
+    noise: Linear
+    level: float
     from_x0: float
     from_x: float
     from_output: float
@@ -65,6 +69,20 @@ class Step:
             return (self.from_x0 * on_x + self.from_x) * x + (self.from_x0 * on_output + self.from_output) * output
         x0 = (on_x * x + on_output * output).clamp(-clip, clip)
         return self.from_x0 * x0 + self.from_x * x + self.from_output * output
+
+    def output(self, x: Tensor, epsilon: Tensor) -> Tensor:
+        """Return the network's output that stands for the noise `epsilon` in x, both (n, *shape).
+
+        Raises:
+            ValueError: if x is all noise, whatever the output.
+        """
+        on_x, on_output = self.noise
+        if on_output == 0:
+            raise ValueError(
+                "epsilon says nothing of x_0 at a timestep without signal (rescale_betas_zero_snr): use "
+                "timestep_spacing='leading', or a schedule that keeps some signal"
+            )
+        return epsilon if self.noise == (0.0, 1.0) else (epsilon - on_x * x) / on_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +139,30 @@ class GaussianSteps:
             ValueError: if there is no step t, or the output has another shape than x.
         """
         return self._at(t).mean(x, output, self.clip)
+
+    def noise(self, x: Tensor, output: Tensor, t: int) -> Tensor:
+        """Return the noise in x_t = x that the network's output stands for, (n, *shape)."""
+        on_x, on_output = self._at(t).noise
+        return output if (on_x, on_output) == (0.0, 1.0) else on_x * x + on_output * output
+
+    def denoised(self, x: Tensor, epsilon: Tensor, t: int) -> Tensor:
+        """Return x_0-hat of x_t = x and the noise in it, all (n, *shape).
+
+        It is not clipped: the clip's derivative is 0 wherever it acts, and a gradient through it would be lost.
+
+        Raises:
+            ValueError: if x_t is all noise, so that x_0 does not follow (zero terminal SNR).
+        """
+        on_x, on_output = self._at(t).predict
+        return on_x * x + on_output * self._at(t).output(x, epsilon)
+
+    def step(self, x: Tensor, epsilon: Tensor, t: int) -> Tensor:
+        """Return the mean of x_{t-1} given x_t = x and the noise in it, all (n, *shape); raises like `denoised`."""
+        return self.mean(x, self._at(t).output(x, epsilon), t)
+
+    def noise_level(self, t: int) -> float:
+        """Return the standard deviation of the noise in x_t: sqrt(1 - alpha-bar), or Euler's sigma."""
+        return self._at(t).level
 
     def std(self, t: int) -> float:
         """Return the standard deviation of step t's noise; 0 for a deterministic step."""
@@ -326,12 +368,14 @@ def _ddim(scheduler: Any, eta: float) -> list[Step]:
         variance = eta**2 * (1 - prev) / (1 - alpha) * (1 - alpha / prev)
         # With zero terminal SNR and eta = 1 nothing is left under the root but rounding.
         direction = math.sqrt(max(0.0, 1 - prev - variance))
-        x0, (noise_x, noise_output) = _predictions(config.prediction_type, alpha)
+        x0, noise = _predictions(config.prediction_type, alpha)
         return Step(
             predict=x0,
+            noise=noise,
+            level=math.sqrt(1 - alpha),
             from_x0=math.sqrt(prev),
-            from_x=direction * noise_x,
-            from_output=direction * noise_output,
+            from_x=direction * noise[0],
+            from_output=direction * noise[1],
             std=math.sqrt(variance),
             forward=_forward(alpha, prev),
         )
@@ -348,9 +392,11 @@ def _ddpm(scheduler: Any, eta: float) -> list[Step]:
         kept = alpha / prev
         posterior = (1 - prev) / (1 - alpha) * (1 - kept)
         variance = 1 - kept if config.variance_type == "fixed_large" else posterior
-        x0, _ = _predictions(config.prediction_type, alpha)
+        x0, noise = _predictions(config.prediction_type, alpha)
         return Step(
             predict=x0,
+            noise=noise,
+            level=math.sqrt(1 - alpha),
             from_x0=math.sqrt(prev) * (1 - kept) / (1 - alpha),
             from_x=math.sqrt(kept) * (1 - prev) / (1 - alpha),
             from_output=0.0,
@@ -371,6 +417,8 @@ def _euler_ancestral(scheduler: Any, eta: float) -> list[Step]:
         down = (sigma_next / sigma) ** 2
         return Step(
             predict=(1.0, -sigma) if epsilon else (scale**2, -sigma * scale),
+            noise=(0.0, 1.0) if epsilon else (sigma * scale**2, scale),
+            level=sigma,
             from_x0=1 - down,
             from_x=down,
             from_output=0.0,
@@ -389,9 +437,11 @@ def _lcm(scheduler: Any, eta: float) -> list[Step]:
         alpha = alphas[timestep]
         prev = 1.0 if following is None else alphas[following]
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(timestep)
-        x0, _ = _predictions(config.prediction_type, alpha)
+        x0, noise = _predictions(config.prediction_type, alpha)
         return Step(
             predict=x0,
+            noise=noise,
+            level=math.sqrt(1 - alpha),
             from_x0=math.sqrt(prev) * out,
             from_x=math.sqrt(prev) * skip,
             from_output=0.0,
@@ -410,14 +460,16 @@ def _tcd(scheduler: Any, eta: float) -> list[Step]:
         # In the scheduler's own arithmetic: floor makes of another rounding another timestep.
         between = int(torch.floor((1 - eta) * torch.tensor(target)))
         alpha, prev, alpha_between = alphas[timestep], alphas[target], alphas[between]
-        x0, (noise_x, noise_output) = _predictions(config.prediction_type, alpha)
+        x0, noise = _predictions(config.prediction_type, alpha)
         back, std = _forward(prev, alpha_between)
         direction = back * math.sqrt(1 - alpha_between)
         return Step(
             predict=x0,
+            noise=noise,
+            level=math.sqrt(1 - alpha),
             from_x0=back * math.sqrt(alpha_between),
-            from_x=direction * noise_x,
-            from_output=direction * noise_output,
+            from_x=direction * noise[0],
+            from_output=direction * noise[1],
             std=std,
             forward=_forward(alpha, prev),
         )

@@ -98,10 +98,26 @@ class FastChain:
         return math.sqrt(level) * x0 + math.sqrt(1 - level) * noise
 
     def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
-        now, then = self.levels(t)
+        return self.step(x, self.predict(params, x, t, condition), t)
+
+    def predict(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
+        """Return the predicted noise e in x_t = x, (n, *shape)."""
         time = torch.full((len(x),), float(self.times[t - 1]), dtype=x.dtype, device=x.device)
-        e = self.full.epsilon(params, x, time, condition)
-        return math.sqrt(then / now) * x - _gap(now, then, self.given[t - 1]) * e
+        return self.full.epsilon(params, x, time, condition)
+
+    def denoised(self, x: Tensor, epsilon: Tensor, t: int) -> Tensor:
+        """Return x_0-hat, (n, *shape), of a state and the noise in it."""
+        level, _ = self.levels(t)
+        return (x - math.sqrt(1 - level) * epsilon) / math.sqrt(level)
+
+    def step(self, x: Tensor, epsilon: Tensor, t: int) -> Tensor:
+        """Return the mean of x_{t-1}, (n, *shape), for x_t = x and the noise in it."""
+        now, then = self.levels(t)
+        return math.sqrt(then / now) * x - _gap(now, then, self.given[t - 1]) * epsilon
+
+    def noise_level(self, t: int) -> float:
+        """Return sqrt(1 - alpha_bar) where step t starts."""
+        return math.sqrt(1 - self.levels(t)[0])
 
     def std(self, t: int) -> float:
         return self.stds[t - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from algorithms.chain import Params, Rollout, step_mean
 from algorithms.estimators import first_order, half_order
+from algorithms.guidance import Guided, Linearised, Predicting, guided_sampling
 from algorithms.rlr import rlr
 from scale.lora import load
 from scale.memory import LiveBytes
-from scale.network import checkpoint_blocks
+from scale.network import checkpoint_blocks, has_ties
 from tests.scale.conftest import Make, error, flat, in_double, leaves, moved, normal
 
 pytest.importorskip("diffusers")
@@ -91,6 +93,141 @@ def test_forward_and_reverse_mode_agree_with_differences(make: Make, kind: str, 
     reverse = sum((gradients[k] * along[k]).sum() for k in along) + (gradient * v).sum()
     assert error(forward, derivative) < 1e-8
     assert error(reverse, derivative) < 1e-8
+
+
+# --- guided sampling -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # diffusers'
+@pytest.mark.parametrize("scheduler", ["ddim", "euler-ancestral"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_come_from_the_predicted_noise(make: Make, kind: str, scheduler: str) -> None:
+    task = in_double(make(kind, sampler={"guidance": 2.0, "scheduler": scheduler}))
+    chain: Predicting = task.chain
+    x, rows = normal(2, *chain.shape).double(), torch.tensor([0, 1])
+    for t in (1, 3):
+        epsilon = chain.predict(task.params, x, t, rows)
+        assert error(chain.step(x, epsilon, t), chain.mean(task.params, x, t, rows)) < 1e-12
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_goes_through_the_network(make: Make, kind: str, checkpointing: bool) -> None:
+    task = in_double(make(kind, model={"checkpointing": checkpointing}, sampler={"guidance": 2.0}))
+    chain, rows = task.chain, torch.tensor([0, 1])
+    x, v = (normal(2, *chain.shape, seed=seed).double() for seed in (0, 1))
+    linear = Linearised(normal(*chain.shape, seed=2).double(), 0.2)
+
+    def loss(x: Tensor) -> Tensor:
+        x0 = chain.denoised(x, chain.predict(task.params, x, 2, rows), 2)
+        return 0.5 * (1.0 - linear(x0)).square().sum()
+
+    params = leaves(task.params)
+    guided = Guided(chain, 0.3, 1.0, linear)
+    with torch.no_grad():
+        found = guided.mean(params, x, 2, rows)
+        plain = chain.mean(task.params, x, 2, rows)
+        at = [loss(x + h * v) for h in (1e-3, -1e-3, 2e-3, -2e-3)]
+        derivative = (8 * (at[0] - at[1]) - (at[2] - at[3])) / 12e-3
+        # A step is affine in the noise where x_0 is not clipped: what a unit of it adds to the mean.
+        step = replace(chain.sampler, clip=None)
+        unit = float((step.step(0 * x, torch.ones_like(x), 2)).mean())
+        free = replace(chain, sampler=step)
+        moved_by = Guided(free, 0.3, 1.0, linear).mean(params, x, 2, rows) - free.mean(task.params, x, 2, rows)
+    slope = moved_by / (unit * 0.3 * chain.noise_level(2))
+    assert error((slope * v).sum(), derivative) < 1e-7
+    assert error(found, plain) > 1e-3
+    assert all(p.grad is None for p in params.values())
+
+
+def by_hand(task: Any, noise: Tensor, condition: Any, strength: float, target: float, linear: Linearised) -> Tensor:
+    """Guided DDIM with the network's output and diffusers' own step."""
+    scheduler, x = copy.deepcopy(task.parts["scheduler"]), noise
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
+    scheduler.set_timesteps(task.chain.steps)
+    for timestep in scheduler.timesteps:
+        alpha = scheduler.alphas_cumprod[timestep]
+        leaf = x.clone().requires_grad_()
+        output = task.chain.output(task.params, leaf, timestep, condition.steps[0])
+        x0 = (leaf - (1 - alpha).sqrt() * output) / alpha.sqrt()
+        reward = linear.offset + (x0 * linear.gradient).sum((1, 2, 3))
+        (slope,) = torch.autograd.grad((0.5 * (target - reward) ** 2).sum(), leaf)
+        x = scheduler.step(output.detach() + (1 - alpha).sqrt() * strength * slope, timestep, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guided_sampling_is_that_of_diffusers_steps(make: Make, kind: str) -> None:
+    """With a reward of decoded images; in a batch of all samples and in smaller ones."""
+    task = in_double(make(kind, reward={"name": "brightness"}, sampler={"eta": 0.0, "guidance": 2.0}))
+    condition, reward = task.of_prompts(torch.zeros(4, dtype=torch.long)), task.objective.reward
+    noise = torch.randn(4, *task.chain.shape, generator=task.generator("guided"), dtype=torch.float64)
+    nothing = Linearised(torch.zeros(task.chain.shape, dtype=torch.float64), 0.0)
+    free = by_hand(task, noise, condition, 1.0, 0.0, nothing)
+    centre = free.mean(0, keepdim=True).requires_grad_()
+    value = reward(centre, condition.reward[:1])
+    (slope,) = torch.autograd.grad(value.sum(), centre)
+    linear = Linearised(slope[0], float((value - (slope * centre).sum()).detach()))
+    strength = float(1 / slope.square().sum())  # about as strong as can be: a pixel is little of the mean of them all
+    guided = by_hand(task, noise, condition, strength, 0.7, linear)
+    for batch in (None, 3):
+        x0, rounds = guided_sampling(
+            task.chain,
+            task.params,
+            reward,
+            strength=strength,
+            targets=(0.7,),
+            samples=4,
+            generator=task.generator("guided"),
+            condition=condition,
+            batch=batch,
+        )
+        assert error(x0, guided) < 1e-8
+        told = (reward(x, condition.reward).mean() for x in (free, guided))
+        assert [r.reward for r in rounds] == pytest.approx([float(r) for r in told], rel=1e-8)
+    assert error(guided, free) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_raises_a_linear_reward(make: Make, kind: str) -> None:
+    """By each sample's own gradient, in the float32 of real runs.
+
+    Weakly: an untrained network's x_0-hat does not know how little of x_0 is left in x_T, and would overshoot.
+    """
+    task = make(kind)
+    direction = normal(*task.chain.shape) / 8
+
+    def reward(x0: Tensor, condition: Tensor | None) -> Tensor:
+        return (x0 * direction).sum((1, 2, 3))
+
+    x0, rounds = guided_sampling(
+        task.chain,
+        task.params,
+        reward,
+        strength=float(0.01 / direction.square().sum()),
+        targets=(4.0, 8.0),
+        samples=4,
+        generator=task.generator("guided"),
+        condition=task.condition(4),
+        gradient="own",
+    )
+    assert x0.dtype == torch.float32
+    rewards = [r.reward for r in rounds]
+    assert rewards[0] + 0.2 < rewards[1]
+    assert rewards[1] + 0.2 < rewards[2]
+
+
+def test_samples_of_different_prompts_share_no_gradient(make: Make) -> None:
+    task = make(reward={"name": "brightness"})
+    options = {"strength": 1.0, "targets": (1.0,), "samples": 2, "generator": torch.Generator()}
+    with pytest.raises(ValueError, match="condition must be alike for all samples with gradient='mean'"):
+        guided_sampling(task.chain, task.params, task.objective.reward, condition=task.condition(2), **options)
+    task = make()
+    alike = task.of_prompts(torch.zeros(2, dtype=torch.long))
+    reward = replace(task.objective.reward, scorer=replace(task.objective.reward.scorer, differentiable=False))
+    with pytest.raises(ValueError, match="reward must be differentiable"):
+        guided_sampling(task.chain, task.params, reward, condition=alike, **options)
 
 
 # --- checkpoints of blocks -----------------------------------------------------------------------------------------
@@ -247,3 +384,22 @@ def test_rollouts_are_joined_in_order() -> None:
     joined = Rollout.join(parts)
     assert torch.equal(joined.latents[:, 2:], parts[1].latents)
     assert torch.equal(joined.costs[:, :2], parts[0].costs)
+
+
+# --- what is asked of the network once ----------------------------------------------------------------------------
+
+
+def test_tied_parameters_are_found() -> None:
+    free = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    for _ in range(2):
+        assert not has_ties(free)
+        assert has_ties(tied)
+
+
+def test_known_dtype_follows_the_weights(make: Make) -> None:
+    network: Any = make("pixel").chain.network
+    assert type(network).__name__ == "UNet2DModel"
+    assert network.dtype == torch.float32
+    assert copy.deepcopy(network).double().dtype == torch.float64

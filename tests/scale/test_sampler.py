@@ -201,6 +201,71 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
     assert gap(gaussian_steps(leading, 10), in_float64(leading)) < 1e-11
 
 
+# The noise that an output stands for
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predicted_noise_and_x0_are_the_schedulers(prediction: str) -> None:
+    x, output = normal(1, torch.float64), normal(2, torch.float64)
+    options = {"prediction_type": prediction, "clip_sample": False}
+    made_by = [diffusers.DDIMScheduler(**SD | options), diffusers.DDPMScheduler(**options)]
+    made_by += [diffusers.LCMScheduler(**options), diffusers.TCDScheduler(prediction_type=prediction)]
+    for scheduler in map(in_float64, made_by):
+        made = gaussian_steps(scheduler, 10)
+        scheduler.set_timesteps(10)
+        for t in (1, 4, 10):
+            timestep = made.timesteps[t - 1]
+            alpha = float(scheduler.alphas_cumprod[int(timestep)])
+            epsilon = made.noise(x, output, t)
+            x0 = made.denoised(x, epsilon, t)
+            assert made.noise_level(t) == pytest.approx(math.sqrt(1 - alpha), rel=1e-12)
+            torch.testing.assert_close(math.sqrt(alpha) * x0 + math.sqrt(1 - alpha) * epsilon, x, rtol=1e-9, atol=1e-9)
+            if isinstance(scheduler, diffusers.DDIMScheduler | diffusers.DDPMScheduler):
+                own = scheduler.step(output, timestep, x).pred_original_sample
+                torch.testing.assert_close(x0, own, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(made.step(x, epsilon, t), made.mean(x, output, t), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_predicted_noise_of_ancestral_euler(prediction: str) -> None:
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(prediction_type=prediction)
+    made = gaussian_steps(scheduler, 10)
+    scheduler.set_timesteps(10)
+    x, output = normal(1, torch.float64), normal(2, torch.float64)
+    for t in (10, 4, 1):
+        sigma = float(scheduler.sigmas[10 - t])
+        epsilon = made.noise(x, output, t)
+        assert made.noise_level(t) == sigma
+        torch.testing.assert_close(made.denoised(x, epsilon, t) + sigma * epsilon, x, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(made.step(x, epsilon, t), made.mean(x, output, t), rtol=1e-10, atol=1e-10)
+        fresh = copy.deepcopy(scheduler)
+        fresh.set_begin_index(10 - t)
+        fresh.scale_model_input(x, fresh.timesteps[10 - t])
+        own = fresh.step(output, fresh.timesteps[10 - t], x).pred_original_sample
+        torch.testing.assert_close(made.denoised(x, epsilon, t), own.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_predicted_x0_is_not_clipped_but_the_step_is() -> None:
+    made = gaussian_steps(diffusers.DDIMScheduler(clip_sample=True, clip_sample_range=0.1), 5)
+    x, output = normal(1, torch.float64), normal(2, torch.float64)
+    assert float(made.denoised(x, output, 3).abs().max()) > 0.1
+    assert torch.equal(made.noise(x, output, 3), output)
+    assert torch.equal(made.step(x, output, 3), made.mean(x, output, 3))
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_noise_alone_says_nothing_of_x0(prediction: str) -> None:
+    options = {"rescale_betas_zero_snr": True, "prediction_type": prediction, "timestep_spacing": "trailing"}
+    made = gaussian_steps(diffusers.DDIMScheduler(**SD | {"steps_offset": 0} | options), 5)
+    x, output = normal(1, torch.float64), normal(2, torch.float64)
+    assert torch.equal(made.noise(x, output, 5), x)
+    for call in (made.denoised, made.step):
+        with pytest.raises(ValueError, match="epsilon says nothing of x_0 at a timestep without signal"):
+            call(x, x, 5)
+    epsilon = made.noise(x, output, 4)
+    torch.testing.assert_close(made.step(x, epsilon, 4), made.mean(x, output, 4), rtol=1e-9, atol=1e-9)
+
+
 def test_the_comparison_finds_planted_mistakes() -> None:
     scheduler = diffusers.DDIMScheduler(**SD)
     made = gaussian_steps(scheduler, 10)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from algorithms.chain import Params, rollout, step_log_prob
 from algorithms.estimators import first_order
+from algorithms.guidance import Guided, Linearised, Predicting, guided_sampling
 from theory import ddpm as theory
 from theory import schedules
 from theory.gaussian import Gaussian, affine, w2_squared
@@ -81,7 +82,7 @@ def exact_mixture() -> ExactMixture:
     return ExactMixture(MixtureChain.of(MIXTURE, SCHEDULE))
 
 
-def output(chain: FastChain) -> Gaussian:
+def output(chain: FastChain | Guided) -> Gaussian:
     """The exact law of x_0 of a chain with affine means, from N(0, I)."""
     law = Gaussian(np.zeros(2), np.eye(2))
     for t in range(chain.steps, 0, -1):
@@ -296,6 +297,44 @@ def test_steps_have_densities_and_gradients(learned: tuple[MLPChain, Params]) ->
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in own.values())
     with pytest.raises(ValueError, match="step t = 1 has std = 0"):
         step_log_prob(ddim(full, (50, 100)), params, points[:5], points[5:10], 1)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_steps_come_from_the_predicted_noise(eta: float) -> None:
+    chain: Predicting = ddim(Exact.of(SKEWED), TIMES, eta)
+    x0, noise = points_of(SKEWED, 5, "x0"), points_of(ROUND, 5, "noise")
+    for t, level in enumerate(LEVELS, 1):
+        x = math.sqrt(level) * x0 + math.sqrt(1 - level) * noise
+        torch.testing.assert_close(chain.denoised(x, noise, t), x0, rtol=1e-12, atol=1e-12)
+        assert chain.noise_level(t) == pytest.approx(math.sqrt(1 - level), rel=1e-14)
+        then = 1.0 if t == 1 else LEVELS[t - 2]
+        ahead = math.sqrt(then) * x0 + math.sqrt(max(1 - then - chain.std(t) ** 2, 0.0)) * noise
+        torch.testing.assert_close(chain.step(x, noise, t), ahead, rtol=1e-12, atol=1e-12)
+        # E[x_0 | x_t], from the joint law of x_0 and x_t
+        gain = math.sqrt(level) * SKEWED.cov @ np.linalg.inv(level * SKEWED.cov + (1 - level) * np.eye(2))
+        best = SKEWED.mean + (x.numpy() - math.sqrt(level) * SKEWED.mean) @ gain.T
+        epsilon = chain.predict({}, x, t, None)
+        np.testing.assert_allclose(chain.denoised(x, epsilon, t).numpy(), best, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(chain.mean({}, x, t, None), chain.step(x, epsilon, t), rtol=0, atol=0)
+
+
+def test_guidance_moves_a_mixture_to_the_mode_that_is_rewarded() -> None:
+    chain, params = ddim(exact_mixture(), subsequence(100, 10), 0.5), {"none": torch.zeros(1, dtype=torch.float64)}
+
+    def right(x0: Tensor, condition: Tensor | None) -> Tensor:
+        return x0[:, 0]
+
+    source = torch.Generator().manual_seed(STREAM.child("guided").integer())
+    x0, (free, guided) = guided_sampling(
+        chain, params, right, strength=4.0, targets=(0.8,), samples=400, generator=source
+    )
+    assert free.reward == pytest.approx(MIXTURE.weights @ np.asarray(MIXTURE.means)[:, 0], abs=0.2)
+    assert 0.4 < guided.reward < 1.0
+    assert float((x0[:, 0] > 0).double().mean()) > 0.9
+    linear = Linearised(torch.tensor([1.0, 0.0], dtype=torch.float64), 0.0)
+    law = output(Guided(ddim(Exact.of(ROUND), TIMES), 4.0, 0.8, linear))
+    assert law.cov[0, 0] < 0.5 * ROUND.cov[0, 0]
+    assert law.cov[1, 1] == pytest.approx(output(ddim(Exact.of(ROUND), TIMES)).cov[1, 1], rel=1e-12)
 
 
 def test_network_is_told_the_training_time_and_the_prompt() -> None:
