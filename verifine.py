@@ -1,4 +1,4 @@
-"""The front door: `verifine verify | report | claims | show`, and on models `audit | plan | launch | evaluate`.
+"""The front door: `verifine verify | report | claims | show`; on models `audit | plan | launch | evaluate | tune`.
 
 Exit status 0: every verdict is the recorded one; 1: some verdict differs or is inconclusive; 2: wrong usage or input.
 """
@@ -128,12 +128,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of a launch")
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another evaluation setting")
     evaluate.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help="models made here")
+
+    tune = commands.add_parser(
+        "tune",
+        help="choose the entropy strength of guided sampling",
+        description="Guide samples to a high `reward` with the strength that a second reward, `strength.upper`, "
+        "chooses: by the bilevel method, grid, random and Bayesian search, and a weighted sum of both. Writes the "
+        "table (strength.json, strength.md) and images/METHOD.png. Exit status 1: a method found no strength, or its "
+        "samples diverged.",
+        formatter_class=_Help,
+    )
+    tune.set_defaults(command=_tune)
+    _add_config(tune, "bilevel-strength-sd15")
+    tune.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: out/tune/NAME of CONFIG)")
+    tune.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this one of bilevel, grid, random, bayesian and weighted-sum (repeatable)",
+    )
+    tune.add_argument("--resume", action="store_true", help="go on with RUN; what it holds is not made again")
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser, preset: str = "digits-brightness") -> None:
     parser.add_argument(
-        "config", nargs="?", default="digits-brightness", metavar="CONFIG", help="a YAML file, or the name of a preset"
+        "config", nargs="?", default=preset, metavar="CONFIG", help="a YAML file, or the name of a preset"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting (repeatable)")
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="FOLDER", help="models made here, downloads")
@@ -405,6 +426,34 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
     print(summary(found))
     return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from scale.config import load_config
+    from scale.strength import MARKDOWN, tune
+    from scale.strength_table import summary
+    from scale.task import Task
+
+    config = load_config(options.config, options.set)
+    folder = options.out or Path("out/tune") / Path(options.config).stem
+    _check_writable(folder)
+    with _progress(Console(stderr=True)) as progress:
+        bar = progress.add_task("choosing", total=None)
+
+        def on_start(task: Task, steps: int) -> None:
+            progress.console.print(f"verifine: {task.describe()}; run in {folder}", highlight=False, markup=False)
+            progress.update(bar, total=steps)
+
+        def on_step(line: str) -> None:
+            progress.console.print(line, highlight=False, markup=False)
+            progress.advance(bar)
+
+        found = tune(config, folder, options.cache, options.method, options.resume, True, on_start, on_step)
+    print(summary(found))
+    print(f"table: {folder / MARKDOWN}\npictures: {folder / 'images'}")
+    return 1 if any(row.note for row in found.rows) else 0
 
 
 def _progress(console: Any) -> Any:

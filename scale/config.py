@@ -31,6 +31,9 @@ PRESETS = Path(__file__).parent / "presets"
 Prompt = str | tuple[str, ...]
 """A text, or texts from coarse to fine, given to equal parts of the chain from its noisy end on."""
 
+STRENGTH_METHODS = ("bilevel", "grid", "random", "bayesian", "weighted-sum")
+"""How `tune` may choose a strength, in the order of its table."""
+
 NOT_IN_DIGEST = (
     "audit",
     "device",
@@ -38,6 +41,7 @@ NOT_IN_DIGEST = (
     "logging",
     "model.checkpointing",
     "prompts.held_out",
+    "strength",
     "training.checkpoint_every",
     "training.grid",
     "training.grid_every",
@@ -125,6 +129,15 @@ def _options(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise broken("", value, "must be a mapping of options")
     return _data(value)
+
+
+def _reward(name: str) -> str:
+    """Check the name of a reward."""
+    from scale.rewards import BUILDERS
+
+    if name not in BUILDERS:
+        raise broken("", name, f"must be the name of a reward{nearest(name, list(BUILDERS))}")
+    return name
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
@@ -235,11 +248,7 @@ class Reward(Strict):
     @check_field("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        from scale.rewards import BUILDERS
-
-        if name not in BUILDERS:
-            raise broken("", name, f"must be the name of a reward{nearest(name, list(BUILDERS))}")
-        return name
+        return _reward(name)
 
 
 class Method(Strict):
@@ -370,6 +379,84 @@ class Audit(Strict):
     )
 
 
+Positive = Annotated[float, Field(gt=0)]
+Positives = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
+
+
+class Strength(Strict):
+    """How `tune` chooses the entropy strength lambda of guided sampling, a prompt at a time."""
+
+    upper: str = Field(default="clip", description="the upper reward, which chooses; `reward` is the lower one")
+    upper_options: OptionValues = Field(default={}, description="the upper reward's own options")
+    methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
+        default=STRENGTH_METHODS, min_length=1, description="methods to compare, of those of scale/strength.py"
+    )
+    start: Positive = Field(
+        default=1.0, description="lambda at first: bilevel's and Bayesian search's; the weighted sum keeps it"
+    )
+    low: Positive = Field(default=0.01, description="smallest lambda of bilevel, random and bayesian")
+    high: Positive = Field(default=100.0, description="largest lambda of these")
+    scale: Positive = Field(
+        default=1.0,
+        description="c: a sample that is m short of its target is guided by c m / s times the score of the tilt "
+        "exp(reward / lambda), s the standard deviation of the pre-trained reward",
+    )
+    rounds: Count = Field(default=7, description="rounds of guided sampling, each towards a higher lower reward")
+    rise: Positive = Field(
+        default=1.0, description="by how much the target rises each round, in standard deviations of the pre-trained"
+    )
+    gradient: Literal["own", "mean", "samples"] = Field(
+        default="own",
+        description="where the lower reward is linearised. own: at each sample; mean: at their mean; samples: the mean "
+        "of their gradients",
+    )
+    samples: Count = Field(default=3, description="guided samples with which a search tries a lambda")
+    lower_weight: float = Field(
+        default=0.0, ge=0, description="the searches maximise the upper reward plus so much of the lower one"
+    )
+    grid: Positives = Field(default=(0.01, 0.1, 1.0, 10.0, 100.0), min_length=1, description="lambdas of grid search")
+    trials: Count = Field(default=5, description="lambdas of random search, and of Bayesian search")
+    startup: Count = Field(default=2, description="of these, those before Bayesian search asks its Gaussian process")
+    weights: Positives = Field(
+        default=(0.1, 1.0, 10.0), min_length=1, description="weights of the upper reward that the weighted sum tries"
+    )
+    pool: Annotated[int, Field(ge=4)] = Field(
+        default=64, description="pre-trained samples of a prompt, which bilevel re-weights"
+    )
+    gamma: Positive = Field(default=100.0, description="penalty of the bilevel method")
+    updates: Count = Field(default=1000, description="updates of lambda by the bilevel method")
+    step_size: Positive = Field(default=0.1, description="of an update, by Adam, in units of lambda")
+    gate: Annotated[float, Field(ge=1)] = Field(
+        default=8.0,
+        description="least effective sample size of the re-weighted pool for an update; below, it is skipped",
+    )
+
+    @check_field("upper")
+    @classmethod
+    def _known_reward(cls, name: str) -> str:
+        return _reward(name)
+
+    @check_field("methods")
+    @classmethod
+    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for name in methods:
+            if name not in STRENGTH_METHODS:
+                raise broken("", name, f"must hold names of methods{nearest(name, STRENGTH_METHODS)}")
+        if len(set(methods)) < len(methods):
+            raise broken("", list(methods), "must name a method once")
+        return methods
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Strength:
+        if self.low >= self.high:
+            raise broken("low", self.low, f"must be < strength.high = {self.high:g}")
+        if not self.low <= self.start <= self.high:
+            raise broken("start", self.start, f"must lie in [{self.low:g}, {self.high:g}], strength.low and high")
+        if self.gate > self.pool:
+            raise broken("gate", self.gate, f"must be <= strength.pool = {self.pool}")
+        return self
+
+
 class Logging(Strict):
     """Where curves and grids are shown."""
 
@@ -396,6 +483,9 @@ class Config(Strict):
     )
     training: Training = Field(default=Training(), description="the loop, by AdamW")
     evaluation: Evaluation = Field(default=Evaluation(), description="how the result is compared with the base model")
+    strength: Strength = Field(
+        default_factory=Strength, description="how tune chooses the entropy strength of guided sampling"
+    )
     audit: Audit = Field(default_factory=Audit, description="how the gradient is checked before anything is trained")
     device: str = Field(
         default="auto",

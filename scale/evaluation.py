@@ -177,9 +177,9 @@ def evaluate(
     tuned = _like(task.params, tuned, task.device)
     # Writing adapters leaves the tuned ones in the network, and a frozen last step is made with what is in there.
     load(task.chain.network, task.params)
-    shape, prompts = _image_shape(task), _prompts(task, settings.samples)
-    extractor, features = _extractor(settings.features, shape, cache or folder / "cache")
-    reference, name = _reference(task, shape, prompts)
+    shape, prompts = image_shape(task), _prompts(task, settings.samples)
+    extractor, features = extractor_of(settings.features, shape, cache or folder / "cache")
+    reference, name = reference_images(task, shape, prompts)
     rows = None if reference is None else extract(extractor, reference)
     own = _learned_from(task, prompts)
 
@@ -284,14 +284,14 @@ def _noise(task: Task, numbers: Sequence[int]) -> Noise:
 
 
 @torch.no_grad()
-def _image_shape(task: Task) -> tuple[int, int, int]:
+def image_shape(task: Task) -> tuple[int, int, int]:
     """Return channels, height and width."""
     x0 = torch.zeros(1, *task.chain.shape, device=task.device)
     channels, height, width = task.decode(x0, torch.zeros(1, dtype=torch.long)).shape[1:]
     return channels, height, width
 
 
-def _extractor(name: str, shape: tuple[int, int, int], cache: Path) -> tuple[Extractor, str]:
+def extractor_of(name: str, shape: tuple[int, int, int], cache: Path) -> tuple[Extractor, str]:
     """Return the extractor of features, and what to call it."""
     if name != "auto":
         try:
@@ -306,7 +306,7 @@ def _extractor(name: str, shape: tuple[int, int, int], cache: Path) -> tuple[Ext
     return lambda images: digit_features(classifier, images), "digit classifier"
 
 
-def _reference(task: Task, shape: tuple[int, int, int], prompts: Tensor) -> tuple[Tensor | None, str]:
+def reference_images(task: Task, shape: tuple[int, int, int], prompts: Tensor) -> tuple[Tensor | None, str]:
     """Return real images to compare with, and what to call them."""
     learned = task.config.data.folder
     folder = task.config.evaluation.reference or learned
@@ -522,13 +522,13 @@ def summary(evaluation: Evaluation) -> str:
         for row in e.prompts[:ROWS]
     ]
     more = [f"... and {len(e.prompts) - ROWS} more in {JSON}"] if len(e.prompts) > ROWS else []
-    lines = [head, "", *_aligned(measures), "", "[95 % interval], ± standard error", ""]
-    lines += [*_aligned([("prompt", "samples", "base", "fine-tuned", "difference"), *rows]), *more]
+    lines = [head, "", *aligned(measures), "", "[95 % interval], ± standard error", ""]
+    lines += [*aligned([("prompt", "samples", "base", "fine-tuned", "difference"), *rows]), *more]
     lines += [""] * bool(e.notes) + [f"Note: {note}." for note in e.notes]
     return "\n".join(lines)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -31,6 +31,7 @@ from scale.methods import METHODS
 EXPECTED_PRESETS = {
     "alignprop-sd15",
     "bilevel-resnet-sd15",
+    "bilevel-strength-sd15",
     "ddpo-sd15",
     "digits-brightness",
     "digits-brightness-ddpo",
@@ -471,6 +472,27 @@ OTHER = {
     "evaluation.batch": 5,
     "evaluation.features": "clip",
     "evaluation.reference": "x",
+    "strength.upper": "redness",
+    "strength.upper_options.a": 2,
+    "strength.methods": ["grid"],
+    "strength.start": 2.0,
+    "strength.low": 0.005,
+    "strength.high": 200.0,
+    "strength.scale": 2.0,
+    "strength.rounds": 2,
+    "strength.rise": 0.5,
+    "strength.gradient": "mean",
+    "strength.samples": 4,
+    "strength.lower_weight": 1.0,
+    "strength.grid": [1.0],
+    "strength.trials": 6,
+    "strength.startup": 3,
+    "strength.weights": [1.0],
+    "strength.pool": 32,
+    "strength.gamma": 10.0,
+    "strength.updates": 10,
+    "strength.step_size": 0.2,
+    "strength.gate": 4.0,
     "audit.estimators": ["first-order"],
     "audit.directions": 3,
     "audit.step": 0.1,
@@ -489,11 +511,12 @@ BASE = {
     "model": {"kind": "pixel", "path": "y"},
     "prompts": {"train": ["a", "c"]},
     "reward": {"options": {"a": 1}},
+    "strength": {"upper_options": {"a": 1}},
     "method": {"name": "rlr"},
 }
 DECIDES_NOTHING = re.compile(
     r"audit\..*|device|evaluation\..*|logging\..*|model.checkpointing|prompts.held_out"
-    r"|training.(checkpoint_every|keep|grid|grid_every|updates|micro_batch)"
+    r"|strength\..*|training.(checkpoint_every|keep|grid|grid_every|updates|micro_batch)"
 )
 
 
