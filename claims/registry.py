@@ -7,6 +7,13 @@ import difflib
 from claims import (
     at_scale,
     biases,
+    bilevel,
+    bilevel_digits,
+    bilevel_guidance,
+    bilevel_learned,
+    bilevel_schedule,
+    bilevel_search,
+    bilevel_tuning,
     estimators,
     foundations,
     frontier,
@@ -76,6 +83,13 @@ CHAPTERS: tuple[Claim, ...] = (
     *implicit_queue.CLAIMS,
     *implicit_paths.CLAIMS,
     *implicit_digits.CLAIMS,
+    *bilevel.CLAIMS,
+    *bilevel_tuning.CLAIMS,
+    *bilevel_guidance.CLAIMS,
+    *bilevel_schedule.CLAIMS,
+    *bilevel_search.CLAIMS,
+    *bilevel_learned.CLAIMS,
+    *bilevel_digits.CLAIMS,
     *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))
