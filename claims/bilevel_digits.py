@@ -19,8 +19,6 @@ from scale.digit_classifier import digit_classifier, digit_features
 from scale.digits import digit_images, digit_split
 from scale.learned_schedule import DEFAULT, LearnedSchedule, PixelMLP, Setting, Trained, learn, train
 from scale.metrics import Interval, frechet_distance, frechet_floor
-from verdicts import exact
-from verdicts.means import MeanResult
 from verdicts.streams import Stream
 
 SETTING = Setting(updates=80, first=300)
@@ -142,37 +140,16 @@ def comparable(learned: Of) -> Pairs:
     return of
 
 
-# --- costs ----------------------------------------------------------------------------------------------------------
-
-
-def images_of_training() -> int:
-    return SETTING.steps * SETTING.batch
-
-
-def images_of_sampler() -> int:
-    """Two calls for the schedule and one for the network in every update, and two batches of the lower level."""
-    return (SETTING.updates + 1) * (3 * SETTING.S * SETTING.samples + 2 * SETTING.wide)
-
-
-class Counted:
-    """What went through the network, of a training alone and of a bilevel run, is what the updates add up to."""
-
-    def __call__(self, subject: Callable[[], tuple[int, int]], context: Context) -> MeanResult:
-        counted = [method(shared(context), 0).passed for method in (default, bilevel)]
-        return exact.agreement(np.array(subject(), dtype=float), np.array(counted, dtype=float), 0.0)
-
-
 DIGITS = Claim(
     id="generative-bilevel.digits-schedule",
     chapter=CHAPTER,
     paper=PAPER,
     source="Generative bilevel, section 6.2, Table 3, Figures 6 and 7; Algorithm 6",
     title="On digits a short run of Algorithm 6 changes the distance by less than a tenth, at the price of several trainings",
-    statement=f"A network of {SETTING.steps} training steps that learns its cosine schedule by the way (Algorithm 6) makes samples in {SETTING.S} DDIM steps whose Fréchet distance to held-out digits is within a tenth of the default schedule's after the same training. "
-    f"The run is no single training: both lower variables are trained, and the sampler is called three times in each of the {SETTING.updates} updates.",
+    statement=f"A network of {SETTING.steps} training steps that learns its cosine schedule by the way (Algorithm 6) makes samples in {SETTING.S} DDIM steps whose Fréchet distance to held-out digits is within a tenth of the default schedule's after the same training.",
     printed="holds",
     why="The paper finds performance “comparable” to the searches' “with only the training time of a single-level diffusion model”, and better than the default's. In pilots of other root seeds (80 to 150 updates) such a run ended between 5 % better and 1 % worse than the default, "
-    "so an improvement is not claimed here; searches of ten candidates, at about twice the seconds, found better schedules (benchmarks/README.md). All distances stay far above a perfect sampler's: networks and trainings are small.",
+    "so an improvement is not claimed here; at root seed 0 it was looked for once, with a larger step, and refuted. The run is no single training: both lower variables are trained, and the sampler is called three times an update. Searches of ten candidates, at about twice the seconds, found better schedules (benchmarks/README.md). All distances stay far above a perfect sampler's: networks and trainings are small.",
     derivation="bilevel.md#learning-the-schedule-of-digits",
     checks=(
         Check(
@@ -180,24 +157,10 @@ DIGITS = Claim(
             "statistical",
             f"Is the Fréchet distance of {SET} samples to the held-out digits with the learned schedule below 1.1 times, and above 0.9 times, that with the default one, on the same noise, for more than half of all noise?",
             tuple(f"seed {i}, {side}" for i in range(JUDGED) for side in ("below 1.1", "above 0.9")),
-            Wins(),
+            Wins(looks=2),
             comparable(bilevel),
             {"a schedule that ends halfway": comparable(halfway)},
-            margin_from=f"a sign test over {SETS} sets of samples of each seed's two networks: no margin; the statement is about these networks, and the tenth was set after pilots of other root seeds",
-        ),
-        Check(
-            "cost",
-            "exact",
-            "How many images went through the network, forwards?",
-            ("a training alone", "a bilevel run"),
-            Counted(),
-            lambda: (images_of_training(), 2 * images_of_training() + images_of_sampler()),
-            {
-                "one training": lambda: (images_of_training(), images_of_training()),
-                "one lower variable": lambda: (images_of_training(), images_of_training() + images_of_sampler()),
-                "no sampler": lambda: (images_of_training(), 2 * images_of_training()),
-            },
-            margin_from="counts: none",
+            margin_from=f"a sign test over {SETS} sets of samples of each seed's two networks: no margin; the statement is about these networks, and the tenth was set after pilots on the root seeds 0, 1 and 101 to 108. At root seed 0 “better than the default” was looked at first, with a larger step: one network better, one worse; the interval pays for both looks",
         ),
     ),
     figures=lambda context: (_paths(shared(context)), _images(shared(context))),
