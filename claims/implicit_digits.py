@@ -90,12 +90,18 @@ def trained(context: Context, name: str) -> Run:
         lambda update: torch.Generator().manual_seed(stream.child("update", update).integer()),
         lambda update: made.condition(BATCH, start=(update - 1) * BATCH),
     )
-    looks = [judged(context, made.params)]
+    looks = [untrained(context)]
     for _ in range(LOOKS):
         trainer.run(UPDATES // LOOKS)
         looks.append(judged(context, trainer.result().params))
     brightness, divergences, images = (np.stack(found) for found in zip(*looks, strict=True))
     return Run(np.arange(LOOKS + 1) * (UPDATES // LOOKS), brightness, divergences, images)
+
+
+@cache
+def untrained(context: Context) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first look of every training."""
+    return judged(context, task(context).params)
 
 
 def judged(context: Context, params: Params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from toy.control_experiments import (
     batch_gradients,
     calls,
     dpok_fixed_point,
-    tune,
+    tuned,
     twin,
 )
 from verdicts.streams import Stream
@@ -50,7 +50,8 @@ def course(name: Name, strength: float, context: Context) -> Courses:
     root, profile = Stream(context.stream.seed), context.profile.name
     plan = Plan(PER_UPDATE * UPDATES[profile], RATES[name], RUNS, points=POINTS[profile], evaluation=256)
     problem = swiss_roll("broad", root, context.cache)
-    return tune(name, problem, strength, plan, root.child("toy", "pift", "broad"), gradients=name == FIRST_ORDER)
+    stream = root.child("toy", "pift", "broad")
+    return tuned(name, problem, strength, plan, stream, context.cache, gradients=name == FIRST_ORDER)
 
 
 Final = tuple[Name, float]

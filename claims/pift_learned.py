@@ -11,7 +11,7 @@ import torch
 from algorithms.chain import rollout
 from algorithms.estimators import policy_gradient
 from algorithms.objective import KLToReference
-from algorithms.policy_iteration import Grid, PolicyIteration, Solution, Value, evaluate
+from algorithms.policy_iteration import Grid, PolicyIteration, Solution, evaluate
 from claims.claim import Check, Claim, Context
 from claims.judges import SampledMean
 from claims.pift_experiments import RUNS, course
@@ -52,24 +52,30 @@ def solved(context: Context, iterations: int | None = None) -> Solution:
 
 
 @cache
-def trained(context: Context, name: Name, run: int) -> Value:
-    """The exact value of the network that one run of a method ended with."""
+def reached(context: Context, iterations: int | None = None) -> float:
+    """The objective of what policy iteration found."""
+    return solved(context, iterations).objective()
+
+
+@cache
+def trained(context: Context, name: Name, run: int) -> float:
+    """The exact objective of the network that one run of a method ended with."""
     task, ended = learned(context), course(name, STRENGTH, context).final
     params = {key: value[run] for key, value in ended.items()}
-    return evaluate(task.chain, params, task.objective.reward, STRENGTH, task.params, grid())
+    return evaluate(task.chain, params, task.objective.reward, STRENGTH, task.params, grid()).objective()
 
 
 @cache
 def gain(context: Context) -> tuple[float, float]:
     """The objective of the pre-trained sampler, and what the global optimum adds to it."""
-    before = solved(context, 0).objective()
-    return before, solved(context).objective() - before
+    before = reached(context, 0)
+    return before, reached(context) - before
 
 
 def shares(context: Context, name: Name, runs: int) -> np.ndarray:
     """The part of the attainable gain that each run's network makes, (runs,)."""
     before, attainable = gain(context)
-    return (np.array([trained(context, name, run).objective() for run in range(runs)]) - before) / attainable
+    return (np.array([trained(context, name, run) for run in range(runs)]) - before) / attainable
 
 
 def compared(
@@ -94,7 +100,7 @@ class OnThisRunsSampler:
     def __call__(self, subject: Subject, context: Context) -> MeanResult:
         own = shared(context)
         # Returns lie between 0 and 2 less a KL whose tail is lighter than an exponential's: kurtosis 9. Declared: 20.
-        judge = SampledMean(lambda: np.array([trained(own, FIRST_ORDER, 0).objective()]), 0.02 * gain(own)[1], 20.0)
+        judge = SampledMean(lambda: np.array([trained(own, FIRST_ORDER, 0)]), 0.02 * gain(own)[1], 20.0)
         return judge(subject(own), context)
 
 
@@ -167,8 +173,8 @@ LEARNED = Claim(
 def _iterations_figure(context: Context) -> Figure:
     """What policy iteration still lacks after m iterations at each step, as a share of the attainable gain."""
     _, attainable = gain(context)
-    best, counts = solved(context).objective(), (0, 1, 2, 3, 4, 6, 8)
-    missing = [(best - solved(context, m).objective()) / attainable for m in counts]
+    best, counts = reached(context), (0, 1, 2, 3, 4, 6, 8)
+    missing = [(best - reached(context, m)) / attainable for m in counts]
     worst = max(solved(context).contraction(t) for t in range(1, learned(context).chain.steps + 1))
     x = tuple(map(float, counts))
     return Figure(
@@ -191,8 +197,8 @@ def _shares_table(context: Context) -> Table:
     before, attainable = gain(context)
     rows = [("policy iteration, converged", f"{before + attainable:.4f}", "1")]
     for m in (1, 2):
-        reached = solved(context, m).objective()
-        rows.append((f"policy iteration, m = {m}", f"{reached:.4f}", f"{(reached - before) / attainable:.3f}"))
+        found = reached(context, m)
+        rows.append((f"policy iteration, m = {m}", f"{found:.4f}", f"{(found - before) / attainable:.3f}"))
     for name in NAMES:
         made = shares(context, name, SHOWN)
         rows.append((name, f"{before + attainable * made.mean():.4f}", f"{made.mean():.3f} ± {made.std(ddof=1):.3f}"))

@@ -13,7 +13,10 @@ The rules, declared before any run that is reported:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -31,6 +34,7 @@ from theory.control_linear_quadratic import LinearQuadratic
 from toy.comparison import Problem
 from toy.control import AffineScore, ControlledChain
 from toy.experiments import Block, Sampler, generator
+from toy.few_step import save
 from toy.linear_gaussian import Quadratic
 from toy.parallel import EachRun, Parallel
 from verdicts.streams import Stream
@@ -145,6 +149,25 @@ def tune(name: Name, problem: Problem, strength: float, plan: Plan, stream: Stre
     reward, kl = (np.stack(column, 1) for column in zip(*judged, strict=True))
     final = trainer.result().params
     return Courses(marks, np.array(updates), reward, kl, reward - strength * kl, np.stack(norms, 1), final)
+
+
+def tuned(
+    name: Name, problem: Problem, strength: float, plan: Plan, stream: Stream, cache: Path, gradients: bool = False
+) -> Courses:
+    """Do what `tune` does, or load what an earlier call made: claims examined by several processes share their runs.
+
+    `cache` holds one file per combination of the arguments, the pre-trained parameters among them. The problem's reward
+    is known by the stream.
+    """
+    start = {key: value.tolist() for key, value in sorted(problem.params.items())}
+    recipe = [name, strength, asdict(plan), stream.integer(), gradients, start]
+    file = cache / f"pift-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]}.pt"
+    if file.exists():
+        held = torch.load(file, weights_only=True)
+        return Courses(**{key: value if key == "final" else value.numpy() for key, value in held.items()})
+    made = tune(name, problem, strength, plan, stream, gradients)
+    save({key: value if key == "final" else torch.from_numpy(value) for key, value in vars(made).items()}, file)
+    return made
 
 
 def judge(

@@ -113,9 +113,10 @@ def heavy_tailed_laws() -> tuple[Law, ...]:
 
 
 def _score_estimate(reward: Callable[[Array], Array], settings: Array, generator: np.random.Generator, n: int) -> Array:
-    theta, s = settings.T
-    eps = generator.standard_normal((n, len(settings)))
-    return reward(theta + s * eps) * eps / s
+    theta, s = settings.T[:, :, None]
+    # Coordinates first: rows of two make NumPy's inner loops two long.
+    eps = np.ascontiguousarray(generator.standard_normal((n, len(settings))).T)
+    return (reward(theta + s * eps) * eps / s).T
 
 
 def _student(generator: np.random.Generator, n: int) -> Array:

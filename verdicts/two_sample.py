@@ -95,13 +95,15 @@ def _sliced_wasserstein(pooled: Array, n: int, generator: np.random.Generator) -
     m = len(pooled) - n
     jumps = np.unique(np.concatenate([np.arange(n + 1) * m, np.arange(m + 1) * n]))
     rank_first, rank_second, widths = jumps[:-1] // m, jumps[:-1] // n, np.diff(jumps) / (n * m)
+    if n == m:  # every rank once, in order: without copies
+        rank_first = rank_second = slice(None)
 
     def evaluate(labels: NDArray[np.bool_]) -> Array:
         total = np.zeros(len(labels))
         for values, ranks in zip(ordered, order, strict=True):
             chosen = labels[:, ranks]
-            tiled = np.broadcast_to(values, chosen.shape)
-            firsts, seconds = tiled[chosen].reshape(-1, n), tiled[~chosen].reshape(-1, m)
+            rows = np.arange(0, chosen.size, len(values))[:, None]
+            firsts, seconds = (values[np.flatnonzero(part).reshape(len(part), -1) - rows] for part in (chosen, ~chosen))
             total += (firsts[:, rank_first] - seconds[:, rank_second]) ** 2 @ widths
         return total / len(ordered)
 

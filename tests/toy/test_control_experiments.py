@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from toy.control_experiments import (
     gradient_norms,
     method,
     tune,
+    tuned,
     twin,
 )
 from toy.ddpm import MLPChain, initial_parameters
@@ -205,6 +207,27 @@ def test_run_depends_on_its_stream_alone() -> None:
     np.testing.assert_array_equal(first.reward, tune("DPOK", small(), 0.1, PLAN, STREAM).reward)
     other = tune("DPOK", small(), 0.1, PLAN, STREAM.child("other"))
     assert not np.array_equal(first.reward, other.reward)
+
+
+def test_kept_runs_are_those_made_and_belong_to_their_arguments(tmp_path: Path) -> None:
+    made, fresh = (tuned(NAMES[0], small(), 0.1, PLAN, STREAM, tmp_path, gradients=g) for g in (True, False))
+    again, alone = (
+        tuned(NAMES[0], small(), 0.1, PLAN, STREAM, tmp_path, gradients=True),
+        tune(NAMES[0], small(), 0.1, PLAN, STREAM, gradients=True),
+    )
+    assert len(list(tmp_path.iterdir())) == 2
+    assert np.isnan(fresh.gradient).all()
+    for key, value in vars(alone).items():
+        for found in (vars(made)[key], vars(again)[key]):
+            if key == "final":
+                assert value.keys() == found.keys()
+                assert all(torch.equal(value[k], found[k]) for k in value)
+            else:
+                assert value.dtype == found.dtype
+                np.testing.assert_array_equal(value, found)
+    other = small()
+    other.params["b3"] += 0.1
+    assert not np.array_equal(tuned(NAMES[0], other, 0.1, PLAN, STREAM, tmp_path).reward, fresh.reward)
 
 
 @every_method
