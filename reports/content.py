@@ -5,11 +5,15 @@ Nothing is typeset here: the result holds words, formatted numbers and figures, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
+
+from joblib import Parallel, delayed
 
 from claims.records import CheckEvidence, Evidence, Provenance, Reading, Run, Statement
 from claims.records import Figure as FigureRecord
@@ -20,6 +24,7 @@ from reports.tables import Listing, listing
 
 MOST_COORDINATES = 64  # listed per reading; the rest is in evidence.json
 FEW_COORDINATES = 6  # that a page of paper lists in full
+MANY_PICTURES = 40  # that are worth the start of more processes
 
 
 @dataclass(frozen=True)
@@ -334,8 +339,8 @@ def _warnings(run: Run) -> tuple[str, ...]:
 class _Numbering:
     """Numbers figures, or tables, in the order in which they are met."""
 
-    def __init__(self) -> None:
-        self.last = 0
+    def __init__(self, before: int) -> None:
+        self.last = before
 
     def next(self) -> int:
         self.last += 1
@@ -343,20 +348,34 @@ class _Numbering:
 
 
 def _chapters(run: Run) -> tuple[Chapter, ...]:
-    figures, tables = _Numbering(), _Numbering()
     titles = list(dict.fromkeys(e.statement.chapter for e in run.evidence))
-    chapters = []
-    for i, title in enumerate(titles, 1):
-        members = [e for e in run.evidence if e.statement.chapter == title]
+    chapters = [(title, [e for e in run.evidence if e.statement.chapter == title]) for title in titles]
+    places = [(e, f"{i}.{j}") for i, (_, members) in enumerate(chapters, 1) for j, e in enumerate(members, 1)]
+    pictures, tables = (list(itertools.accumulate(of(e) for e, _ in places)) for of in (_pictures, _tables))
+    # A section knows how many figures stand before it, so that sections can be drawn in any order and in parallel.
+    before = list(zip(places, [0, *pictures], [0, *tables], strict=False))
+    workers = -1 if pictures and pictures[-1] >= MANY_PICTURES else 1
+    drawn = Parallel(workers)(delayed(_section)(e, place, figure, table) for (e, place), figure, table in before)
+    sections = iter(cast("list[Section]", drawn))
+    made = []
+    for i, (title, members) in enumerate(chapters, 1):
         tally = Counter(status(e) for e in members)
-        sections = tuple(_section(e, f"{i}.{j}", figures, tables) for j, e in enumerate(members, 1))
         counted = tuple((badge, tally[badge]) for badge in STATUSES if tally[badge])
-        chapters.append(Chapter(i, f"chapter-{i}-{anchor(title)}", title, counted, sections))
-    return tuple(chapters)
+        own = tuple(next(sections) for _ in members)
+        made.append(Chapter(i, f"chapter-{i}-{anchor(title)}", title, counted, own))
+    return tuple(made)
 
 
-def _section(e: Evidence, place: str, figures: _Numbering, tables: _Numbering) -> Section:
-    remarks = []
+def _pictures(e: Evidence) -> int:
+    return sum(bool(followed(check)) for check in e.checks) + len(e.figures)
+
+
+def _tables(e: Evidence) -> int:
+    return len(e.tables)
+
+
+def _section(e: Evidence, place: str, figures_before: int, tables_before: int) -> Section:
+    figures, tables, remarks = _Numbering(figures_before), _Numbering(tables_before), []
     if not e.as_recorded and not e.error:
         remarks.append("This is not the verdict that the registry records for this statement.")
     if missed := [name for name, badge in planted(e).items() if badge not in (REFUTED, None)]:
