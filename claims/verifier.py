@@ -141,12 +141,13 @@ def moments(sampler: Sampler, stream: Stream, rows: int) -> tuple[int, np.ndarra
 class PlannedPower:
     """Predicted probability that each statistical planted error of `claims` is refuted within the profile's budget.
 
-    A pilot of `pilot` samples gives each error's size and spread; the size counts less four standard errors. The
-    subject scales the budget of samples; the pilots, which know nothing of the budget, are the same for every subject.
+    A pilot gives each error's size and spread; the size counts less four standard errors. Where these would take more
+    than half of it in every coordinate, a larger pilot is made. The subject scales the budget of samples; the pilots,
+    which know nothing of the budget, are the same for every subject.
     """
 
     claims: tuple[Claim, ...]
-    pilot: int = 1 << 16
+    pilots: tuple[int, int] = (1 << 14, 1 << 16)
 
     def errors(self) -> list[tuple[str, str, SampledMean, Any]]:
         """(claim, control, judge, subject) of every planted error whose judge compares a sampled mean."""
@@ -166,8 +167,10 @@ class PlannedPower:
 
     def _power(self, claim: str, name: str, judge: SampledMean, subject: Sampler, context: Context) -> float:
         stream = Stream(context.stream.seed).child("verifier.power", "pilot", claim, name)
-        samples, mean, deviation = moments(subject, stream, self.pilot)
         plan = Plan(alpha=LEDGER_SCALE, kurtosis=judge.kurtosis, max_samples=context.profile.max_samples)
+        samples, mean, deviation = moments(subject, stream, self.pilots[0])
+        if not (np.abs(mean - np.ravel(judge.reference())) > 8 * deviation / math.sqrt(samples)).any():
+            samples, mean, deviation = moments(subject, stream, self.pilots[1])
         width = planned_half_width(plan, deviation)
         size = np.abs(mean - np.ravel(judge.reference())) - 4 * deviation / math.sqrt(samples)
         spread = np.maximum(deviation / math.sqrt(plan.max_samples), np.finfo(float).tiny)

@@ -11,7 +11,7 @@ from algorithms.schedules import Family
 from theory.ddpm import ddim_law, minimal_score_matching_loss
 from theory.gaussian import Gaussian
 from theory.schedule_learning import ScheduleProblem
-from toy.schedule_learning import MEAN, STD, GaussianData
+from toy.schedule_learning import MEAN, STD, GaussianData, Lower
 
 T, S = 50, 6
 FAMILY = Family("cosine", T, "released", {"start": 0.2})
@@ -101,3 +101,15 @@ def test_runs_are_independent():
     u, v = PROBLEM.best(X), PROBLEM.best(x)
     assert all(torch.equal(u[n][0], v[n][0]) and not torch.equal(u[n][1], v[n][1]) for n in u)
     assert torch.equal(PROBLEM.loss(X, u, (1,))[0], PROBLEM.loss(x, u, (1,))[0])
+
+
+def test_gradient_by_hand_is_autograds():
+    u = {
+        n: v + 0.1 * torch.linspace(-1, 1, v.numel(), dtype=v.dtype).reshape(v.shape)
+        for n, v in PROBLEM.best(X).items()
+    }
+    leaves = {n: v.clone().requires_grad_() for n, v in u.items()}
+    PROBLEM.loss(X, leaves, (1,)).sum().backward()
+    found = Lower(PROBLEM).gradient(X, u, (1,), "u")
+    for n, leaf in leaves.items():
+        torch.testing.assert_close(found[n], grad(leaf), rtol=1e-12, atol=1e-15)
