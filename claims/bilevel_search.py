@@ -26,7 +26,7 @@ CALLS, SAMPLES = 400, 512  # of every method: sampler calls, and samples in a ca
 RUNS = 48
 SEARCHES = 100
 FEW = 32  # trials of the Gaussian process, of as many samples in all
-BAYESIAN = {"smoke": 4, "standard": 5, "full": 48}
+BAYESIAN = {"smoke": 4, "standard": 4, "full": 48}
 NEAR = 0.01
 BOX = search.Box(("end", "tau", "epsilon"), (0.6, 1.0, 0.005), (1.0, 4.0, 0.04))
 UPDATES: dict[Gradient, int] = {
@@ -63,39 +63,39 @@ def excess(x: dict[str, torch.Tensor]) -> Array:
     return problem().value(x).numpy() / optimum() - 1
 
 
-def laws(x: dict[str, torch.Tensor]) -> tuple[Array, Array]:
-    """Means and standard deviations (n, d) of the exact output laws, with the best predictors."""
-    mean, spread = problem().law(x)
-    return mean.numpy(), spread.numpy()
-
-
-def estimates(x: dict[str, torch.Tensor], n: int, source: np.random.Generator, common: int = 1) -> Array:
-    """Distances as `n` samples show them, (schedules,): sample means and deviations of Gaussians, by their own laws.
+def estimates(mean: Array, spread: Array, n: int, source: np.random.Generator, common: bool = False) -> Array:
+    """Distances as `n` samples of Gaussians show them, by the laws of sample means and deviations: (..., trials).
 
     Args:
-        common: how many schedules in a row are seen through the same initial noise.
+        mean, spread: of the output laws, (..., trials, d).
+        common: whether all trials are seen through the same initial noise.
     """
-    mean, spread = laws(x)
-    shape = (len(mean) // common, 1, mean.shape[1])
+    shape = (*mean.shape[:-2], 1, mean.shape[-1]) if common else mean.shape
     z = source.standard_normal(shape) / np.sqrt(n)
     stretch = np.sqrt(source.chisquare(n - 1, shape) / (n - 1))
-    means, spreads = (a.reshape(-1, common, a.shape[1]) for a in (mean, spread))
-    found = (means + spreads * z - np.array(MEAN)) ** 2 + (spreads * stretch - np.array(STD)) ** 2
-    return found.sum(-1).ravel()
+    return ((mean + spread * z - np.array(MEAN)) ** 2 + (spread * stretch - np.array(STD)) ** 2).sum(-1)
+
+
+@cache
+def candidates(context: Context) -> tuple[Array, Array, Array]:
+    """Schedules drawn from the box: means and deviations (SEARCHES, CALLS, d) of their output laws, and their excess."""
+    source, parts = root(context).child("candidates").generator(), []
+    for _ in range(SEARCHES // 20):  # in parts: a schedule has a thousand levels
+        places = torch.from_numpy(source.uniform(BOX.low, BOX.high, (20 * CALLS, 3)))
+        x = dict(zip(BOX.names, places.T, strict=True))
+        parts.append([a.numpy() for a in problem().law(x)])
+    mean, spread = (np.concatenate(each).reshape(SEARCHES, CALLS, -1) for each in zip(*parts, strict=True))
+    value = ((mean - np.array(MEAN)) ** 2 + (spread - np.array(STD)) ** 2).sum(-1)
+    return mean, spread, value / optimum() - 1
 
 
 @cache
 def random_searches(context: Context, trials: int, common: bool) -> Array:
-    """What searches of `trials` schedules choose: their exact excess, (SEARCHES,)."""
+    """What searches of the first `trials` candidates choose: their exact excess, (SEARCHES,)."""
+    mean, spread, above = (each[:, :trials] for each in candidates(context))
     source = root(context).child("random", trials, int(common)).generator()
-    found = []
-    for _ in range(SEARCHES // 20):  # in parts: a schedule has a thousand levels
-        places = torch.from_numpy(source.uniform(BOX.low, BOX.high, (20 * trials, 3)))
-        x = dict(zip(BOX.names, places.T, strict=True))
-        seen = estimates(x, CALLS * SAMPLES // trials, source, trials if common else 1).reshape(20, trials)
-        chosen = torch.from_numpy(seen.argmin(1) + trials * np.arange(20))
-        found.append(excess({n: v[chosen] for n, v in x.items()}))
-    return np.concatenate(found)
+    chosen = estimates(mean, spread, CALLS * SAMPLES // trials, source, common).argmin(1)
+    return above[np.arange(SEARCHES), chosen]
 
 
 @cache
@@ -109,7 +109,8 @@ def _bayesian(context: Context, seed: int) -> float:
     source = stream.child("noise").generator()
 
     def objective(parameters: search.Parameters, trial: int) -> float:
-        return float(estimates(_single(parameters), CALLS * SAMPLES // FEW, source)[0])
+        mean, spread = (a.numpy() for a in problem().law(_single(parameters)))
+        return float(estimates(mean, spread, CALLS * SAMPLES // FEW, source)[0])
 
     found = search.bayesian(objective, BOX, FEW, stream.child("trials").integer() % 2**32)
     return float(excess(_single(found.best.parameters))[0])
