@@ -9,7 +9,6 @@ from claims import (
     biases,
     bilevel,
     bilevel_descent,
-    bilevel_digits,
     bilevel_guidance,
     bilevel_learned,
     bilevel_schedule,
@@ -91,7 +90,6 @@ CHAPTERS: tuple[Claim, ...] = (
     *bilevel_schedule.CLAIMS,
     *bilevel_search.CLAIMS,
     *bilevel_learned.CLAIMS,
-    *bilevel_digits.CLAIMS,
     *at_scale.CLAIMS,
 )
 CLAIMS: tuple[Claim, ...] = (*CHAPTERS, verifier.FALSE_ALARM, verifier.power(CHAPTERS))
