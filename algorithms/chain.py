@@ -90,6 +90,30 @@ class Chain(Protocol):
         ...
 
 
+class Around:
+    """Of a chain that changes another's means: steps, shape, start and noise are the other's.
+
+    Attributes:
+        chain: the other.
+    """
+
+    chain: Any
+
+    @property
+    def steps(self) -> int:
+        return self.chain.steps
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.chain.shape
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return self.chain.initial(noise)
+
+    def std(self, t: int) -> float:
+        return self.chain.std(t)
+
+
 @dataclass(frozen=True)
 class ParameterNoise:
     """Perturbation theta_t + std * xi_t of the parameters, drawn afresh for every step and sample.

@@ -25,7 +25,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-from algorithms.chain import Chain, Condition, Noise, Params, advance, for_reward, of_samples
+from algorithms.chain import Around, Chain, Condition, Noise, Params, advance, for_reward, of_samples
 
 Reward = Callable[[Tensor, Tensor | None], Tensor]
 """reward(x_0 (n, *shape), condition) -> (n,), with autograd's gradient; an `algorithms.objective.Reward` is one."""
@@ -90,7 +90,7 @@ class Linearised:
 
 
 @dataclass(frozen=True, eq=False)
-class Guided:
+class Guided(Around):
     """A chain steered to r_lin(x_0) = target, as a `Chain` for sampling: its mean has no graph.
 
     Every sample has its own loss. Only the mean differs from the given chain's; of a deterministic chain that is the
@@ -116,17 +116,6 @@ class Guided:
         if not math.isfinite(self.target):
             raise ValueError(f"target must be finite, got {self.target}")
 
-    @property
-    def steps(self) -> int:
-        return self.chain.steps
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.chain.shape
-
-    def initial(self, noise: Tensor) -> Tensor:
-        return self.chain.initial(noise)
-
     def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
         fixed = {name: p.detach() for name, p in params.items()}  # autograd then keeps what x's gradient needs only
         with torch.enable_grad():
@@ -137,9 +126,6 @@ class Guided:
             (slope,) = torch.autograd.grad(0.5 * miss.square().sum(), leaf)
         scale = self.chain.noise_level(t) * _at(self.strength, t)
         return self.chain.step(leaf.detach(), epsilon.detach() + scale * slope, t)
-
-    def std(self, t: int) -> float:
-        return self.chain.std(t)
 
 
 @dataclass(frozen=True)

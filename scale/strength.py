@@ -31,7 +31,7 @@ from torch import Tensor
 
 from algorithms import search
 from algorithms.bilevel import PenaltyBilevel
-from algorithms.chain import Params, StepConditions, for_reward, of_samples
+from algorithms.chain import Around, Params, StepConditions, for_reward, of_samples
 from algorithms.guidance import Predicting, guided_sampling
 from algorithms.tilting import STRENGTH, Gate, MinusUpper, Regularised, Tilt, uniform
 from scale.checkpoints import write_atomically
@@ -122,27 +122,13 @@ def tune(
 
 
 @dataclass(eq=False)
-class Counted:
+class Counted(Around):
     """A chain that counts its network's calls, see `Cost`."""
 
     chain: Predicting
     each: int
     calls: int = 0
     gradients: int = 0
-
-    @property
-    def steps(self) -> int:
-        return self.chain.steps
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.chain.shape
-
-    def initial(self, noise: Tensor) -> Tensor:
-        return self.chain.initial(noise)
-
-    def std(self, t: int) -> float:
-        return self.chain.std(t)
 
     def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
         self._count(x)

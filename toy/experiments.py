@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from algorithms.baselines import Constant
-from algorithms.chain import Chain, Noise, Params, rollout
+from algorithms.chain import Around, Chain, Noise, Params, rollout
 from algorithms.division import Division
 from algorithms.estimators import Estimator, policy_gradient
 from algorithms.objective import Objective
@@ -84,25 +84,11 @@ def gradients(
 
 
 @dataclass(frozen=True, eq=False)
-class _Replayed:
+class _Replayed(Around):
     """A chain that remembers the last means that it gave without a graph, for one set of parameters."""
 
     chain: Chain
     given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> int:
-        return self.chain.steps
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.chain.shape
-
-    def initial(self, noise: Tensor) -> Tensor:
-        return self.chain.initial(noise)
-
-    def std(self, t: int) -> float:
-        return self.chain.std(t)
 
     def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() or condition is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from algorithms.baselines import LeaveOneOut
-from algorithms.chain import Chain, Condition, Noise, Params, StepConditions
+from algorithms.chain import Around, Chain, Condition, Noise, Params, StepConditions
 from algorithms.estimators import Estimator
 from algorithms.objective import Objective
 from algorithms.sweep import Accumulate
@@ -18,7 +18,7 @@ from algorithms.training import Method
 
 
 @dataclass(frozen=True, eq=False)
-class Parallel:
+class Parallel(Around):
     """Many runs of one chain at once: parameters (runs, *shape), and samples run by run. No run sees another.
 
     The condition tells each sample's run, (n,) from 0 and ascending; without it all runs have as many samples.
@@ -26,17 +26,6 @@ class Parallel:
 
     chain: Chain
     runs: int
-
-    @property
-    def steps(self) -> int:
-        return self.chain.steps
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.chain.shape
-
-    def initial(self, noise: Tensor) -> Tensor:
-        return self.chain.initial(noise)
 
     def mean(self, params: Params, x: Tensor, t: int, condition: Tensor | None) -> Tensor:
         def one(p: Params, y: Tensor) -> Tensor:
@@ -63,9 +52,6 @@ class Parallel:
         if condition is None:
             raise ValueError("condition must tell each sample's run where noise moves the parameters, got none")
         return self.chain, {name: p.index_select(0, condition) for name, p in params.items()}
-
-    def std(self, t: int) -> float:
-        return self.chain.std(t)
 
     def stacked(self, params: Params) -> Params:
         """Return one copy of the parameters per run."""
