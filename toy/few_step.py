@@ -4,7 +4,8 @@ Source: SFT-PG, appendix D.1, and its released script for what the paper leaves 
 Kept: 10 000 points, a 4-layer network of width 128 with softplus, told the step by embeddings that multiply its hidden
 layers, the sampler's variance beta_t with noise at the last step too (so that every step has a density). Different:
 batches are drawn with replacement, Adam's rate falls from 1e-2 to 0 along a cosine, and 16 000 updates are 102 epochs,
-not 2000. Numbers are float32, for speed.
+not 2000. Numbers are float32, for speed. Where T is many times the batch, the embeddings' Adam has epsilon 0, so that
+they can be moved row by row (`toy.row_adam`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from algorithms.chain import Params
 from theory.schedules import NoiseSchedule
 from toy import data as clouds
+from toy.row_adam import RowAdam
 from verdicts.streams import Stream
 
 POINTS = 10_000
 LAYERS = 3  # hidden ones, each with its own embedding of the step
 BLOCK = 64  # updates whose batches are drawn together
 LANES = 16  # numbers that the processor treats at once, at most
+SPARSE = 4  # steps for each sample of a batch, beyond which an update moves only the embeddings that it saw
 
 
 def swiss_roll(samples: int, generator: np.random.Generator) -> np.ndarray:
@@ -152,7 +156,7 @@ class StepConditionedChain:
         if scale.dim() == 4:
             row = row + self.steps * torch.arange(len(scale))[:, None]
         # One look-up for all layers and seeds; `embedding` has the faster backward pass.
-        found = torch.nn.functional.embedding(row, scale.reshape(-1, LAYERS * scale.shape[-1]))
+        found = embedding(row, scale.reshape(-1, LAYERS * scale.shape[-1]))
         return found.unflatten(-1, (LAYERS, -1)).unbind(-2)
 
 
@@ -198,6 +202,7 @@ def pretrain(
     if data not in DATA:
         raise ValueError(f"data must be one of {sorted(DATA)}, got {data!r}")
     own = [] if noise is None else chain.beta.tolist()
+    own += ["row by row"] if _sparse(chain, batch) else []
     files = {
         seed: _file(cache, [data, steps, stream.child(seed).integer(), updates, batch, rate, width, *own])
         for seed in seeds
@@ -249,8 +254,12 @@ def fit(
     """Train one sampler for each stream on its own points, (seeds, n, 2), all by one network call an update."""
     drawn = [initial_parameters(chain, width, stream) for stream in streams]
     shapes = {name: p.shape for name, p in drawn[0].items()}
-    parts = {name: _whole_lanes(torch.stack([p[name] for p in drawn])) for name in shapes}
+    stacked = {name: torch.stack([p[name] for p in drawn]) for name in shapes}
+    first_rows = chain.steps * torch.arange(len(streams))[:, None] - 1
+    rates = [rate * (1 + math.cos(math.pi * update / updates)) / 2 for update in range(updates)]
+    by_row = RowAdam(stacked["scale"].view(-1, LAYERS * width), rates) if _sparse(chain, batch) else None
     # Adam moves one vector, of which the parameters are parts: so small a network costs its book-keeping.
+    parts = {name: _whole_lanes(p) for name, p in stacked.items() if by_row is None or name != "scale"}
     vector = torch.cat([part.flatten() for part in parts.values()])
     vector.grad = torch.zeros_like(vector)
     params, slopes = ({name: _shaped(p, shapes[name]) for name, p in _parts(v, parts)} for v in (vector, vector.grad))
@@ -261,26 +270,44 @@ def fit(
         for offset, (x, t, noise) in enumerate(zip(*_block(chain, points, generators, batch), strict=True)):
             if offset == block:
                 break
-            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * (begin + offset) / updates)) / 2
-            _gradients(chain, params, x, t, noise, slopes)
+            optimizer.param_groups[0]["lr"] = rates[begin + offset]
+            rows = t + first_rows
+            if by_row is None:
+                table = params["scale"].reshape(-1, LAYERS * width)
+                of_scales = _gradients(params, embedding(rows, table), x, noise, slopes)
+                slopes["scale"].copy_(_summed(of_scales, rows, len(table)).view_as(slopes["scale"]))
+            else:
+                distinct, rows = torch.unique(rows, return_inverse=True)
+                of_scales = _gradients(params, embedding(rows, by_row.read(distinct)), x, noise, slopes)
+                by_row.step(_summed(of_scales, rows, len(distinct)))
             optimizer.step()
         if progress is not None:
             progress(begin + block, updates)
-    return [{name: p[s].clone() for name, p in params.items()} for s in range(len(streams))]
+    if by_row is not None:
+        by_row.finish()
+        params["scale"] = stacked["scale"]
+    return [{name: params[name][s].clone() for name in shapes} for s in range(len(streams))]
 
 
-def _gradients(chain: StepConditionedChain, params: Params, x: Tensor, t: Tensor, noise: Tensor, out: Params) -> None:
+def _sparse(chain: StepConditionedChain, batch: int) -> bool:
+    """Whether a batch sees so few of the steps that their embeddings are better moved row by row."""
+    return chain.steps > SPARSE * batch
+
+
+def _gradients(params: Params, scales: Tensor, x: Tensor, noise: Tensor, out: Params) -> Tensor:
     """Write the gradient of every seed's mean squared error to `out`; what autograd computes, in half the time.
 
     Args:
-        x, noise: (seeds, batch, 2); t: (seeds, batch).
+        scales: (seeds, batch, 3 width), the samples' embeddings of all layers.
+        x, noise: (seeds, batch, 2).
         out: tensors like the parameters.
+
+    Returns:
+        The gradient in the scales.
     """
-    table = params["scale"].reshape(-1, LAYERS * params["scale"].shape[-1])
-    rows = t - 1 + chain.steps * torch.arange(len(t))[:, None]
-    scales = torch.nn.functional.embedding(rows, table).unflatten(-1, (LAYERS, -1)).unbind(-2)
+    layers = scales.unflatten(-1, (LAYERS, -1)).unbind(-2)
     hidden, affine, scaled = [x], [], []
-    for layer, scale in enumerate(scales, 1):
+    for layer, scale in enumerate(layers, 1):
         affine.append(_affine(hidden[-1], params[f"w{layer}"], params[f"b{layer}"]))
         scaled.append(scale * affine[-1])
         hidden.append(torch.nn.functional.softplus(scaled[-1]))
@@ -293,10 +320,13 @@ def _gradients(chain: StepConditionedChain, params: Params, x: Tensor, t: Tensor
             slope = torch.bmm(slope, params[f"w{layer}"].transpose(1, 2))
             slope = torch.ops.aten.softplus_backward(slope, scaled[layer - 2], 1, 20)
             of_scales.append(slope * affine[layer - 2])
-            slope.mul_(scales[layer - 2])
-    of_table = torch.stack(of_scales[::-1], -2).flatten(-2)
-    found = torch.ops.aten.embedding_dense_backward(of_table, rows, len(table), -1, False)
-    out["scale"].copy_(found.view_as(params["scale"]))
+            slope.mul_(layers[layer - 2])
+    return torch.stack(of_scales[::-1], -2).flatten(-2)
+
+
+def _summed(of_scales: Tensor, rows: Tensor, height: int) -> Tensor:
+    """Sum the gradients in the samples' embeddings over the samples of each row: (height, 3 width)."""
+    return torch.ops.aten.embedding_dense_backward(of_scales, rows, height, -1, False)
 
 
 def _parts(vector: Tensor, like: Params) -> Iterator[tuple[str, Tensor]]:
