@@ -40,6 +40,7 @@ EXPECTED_PRESETS = {
     "digits-implicit",
     "digits-pift",
     "digits-sft",
+    "digits-sft-pg",
     "dpok-sd15",
     "draft-sd14",
     "pift-prompts",
