@@ -91,5 +91,5 @@ class RowAdam:
 
 
 def _direction(first: Tensor, root: Tensor) -> Tensor:
-    """Return m / sqrt(v), 0 where there was no gradient yet."""
-    return first / root.clamp_min(torch.finfo(root.dtype).tiny)
+    """Return m / sqrt(v), 0 where there was no gradient yet, and next to it where its square is too small a number."""
+    return first / root.clamp_min(torch.finfo(root.dtype).tiny ** 0.5)

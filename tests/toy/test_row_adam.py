@@ -50,6 +50,24 @@ def test_rows_move_as_under_adam_on_the_whole_table(updates: int, betas: tuple[f
     assert (found[1] - table[1]).abs().min() > 0
 
 
+def moved_by(size: float) -> float:
+    """How far two gradients of this size move a row in 300 updates, in float32."""
+    table = torch.zeros(2, 16)
+    adam = RowAdam(table, [0.1] * 300)
+    for row in [0, 0, *[1] * 298]:
+        adam.read(torch.tensor([row]))
+        adam.step(torch.full((1, 16), 1.0 if row else size))
+    adam.finish()
+    assert torch.isfinite(table).all()
+    return float(table[0].abs().max())
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-17, 1e-19, 1e-21, 1e-23, 1e-30, 1e-40])
+def test_a_gradient_whose_square_vanishes_moves_no_row_farther_than_another(size: float) -> None:
+    """Such as that of a unit far in the flat part of its softplus."""
+    assert moved_by(size) <= 1.1 * moved_by(1.0)
+
+
 def test_finish_twice_moves_nothing_more() -> None:
     table = torch.ones(4, 2, dtype=torch.float64)
     adam = RowAdam(table, [0.1, 0.1, 0.1])
