@@ -148,8 +148,6 @@ def matched_tilt(sampler: Sampler, b: float) -> Gaussian:
 
 LAMBDAS = np.geomspace(0.05, 50.0, 400)
 DDIM_STEPS = (10, 50, 200)
-# The cosine schedule ends at alpha_bar = 2.4e-9. There x_0-hat is a difference of nearly equal numbers over its root.
-
 DDIM_PLACES = tuple(f"{what}, S = {S}" for S in DDIM_STEPS for what in ("mean", "variance"))
 STOCHASTIC = 400
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from algorithms import estimators as named
-from algorithms.chain import rollout
+from algorithms.chain import Around, rollout
 from algorithms.objective import KLToReference, Objective, kl_regularised
 from algorithms.training import Settings, Trainer
 from theory import schedules
@@ -84,29 +84,15 @@ def test_each_of_the_parallel_runs_is_the_run_alone(name: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class OfShare:
+class OfShare(Around):
     """A chain that draws the noise of a larger batch, and takes its own share of it."""
 
     chain: MLPChain
     samples: int
     share: slice
 
-    @property
-    def steps(self) -> int:
-        return self.chain.steps
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.chain.shape
-
-    def initial(self, noise: Tensor) -> Tensor:
-        return self.chain.initial(noise)
-
     def mean(self, params: Any, x: Tensor, t: int, condition: Any) -> Tensor:
         return self.chain.mean(params, x, t, condition)
-
-    def std(self, t: int) -> float:
-        return self.chain.std(t)
 
 
 @pytest.fixture(autouse=True)
